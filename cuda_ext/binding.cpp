@@ -1,0 +1,446 @@
+// The thin layer between torch and the kernels: argument checks, tensors to pointers, shards behind integer handles.
+// Stable libtorch ABI only, so that one binary serves several torch versions.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/batch.h"
+#include "cpu/shard.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using fiited::Shard;
+using fiited::ShardConfig;
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw std::runtime_error("fiited: " + message);
+}
+
+Tensor make(int64_t size, ScalarType type) { return torch::stable::empty({size}, type); }
+
+template <class T>
+Tensor from_vector(const std::vector<T>& values, ScalarType type) {
+  Tensor out = make(static_cast<int64_t>(values.size()), type);
+  std::copy(values.begin(), values.end(), static_cast<T*>(out.mutable_data_ptr()));
+  return out;
+}
+
+template <class T>
+const T* read(const Tensor& tensor, ScalarType type, const char* name, int64_t size) {
+  require(tensor.is_cpu(), std::string(name) + " must be on the CPU");
+  require(tensor.scalar_type() == type, std::string(name) + " has the wrong dtype");
+  require(tensor.is_contiguous(), std::string(name) + " must be contiguous");
+  require(size < 0 || tensor.numel() == size, std::string(name) + " must have " + std::to_string(size) + " elements, not " + std::to_string(tensor.numel()));
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+std::vector<T> to_vector(const Tensor& tensor, ScalarType type, const char* name, int64_t size) {
+  const T* data = read<T>(tensor, type, name, size);
+  return std::vector<T>(data, data + tensor.numel());
+}
+
+// ---- shards ---------------------------------------------------------------------------------------------------------
+
+std::mutex shards_mutex;
+std::map<int64_t, std::shared_ptr<Shard>> shards;
+int64_t next_handle = 1;
+
+std::shared_ptr<Shard> shard_of(int64_t handle) {
+  const std::lock_guard<std::mutex> lock(shards_mutex);
+  const auto found = shards.find(handle);
+  require(found != shards.end(), "no shard has handle " + std::to_string(handle));
+  return found->second;
+}
+
+// The order of these numbers is that of fiited_ray/store/shard.py.
+ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector<double>& floats) {
+  require(ints.size() == 12 && floats.size() >= 6, "a shard's configuration is 12 integers and 6 numbers and levels");
+  ShardConfig config;
+  config.seed = static_cast<uint64_t>(ints[0]);
+  config.chunk = static_cast<int>(ints[1]);
+  config.chunks = static_cast<int>(ints[2]);
+  config.storage = static_cast<fiited::Storage>(ints[3]);
+  config.optimizer = static_cast<fiited::Optimizer>(ints[4]);
+  config.importance = static_cast<fiited::Importance>(ints[5]);
+  config.tables = static_cast<int>(ints[6]);
+  config.first_bucket = static_cast<uint32_t>(ints[7]);
+  config.end_bucket = static_cast<uint32_t>(ints[8]);
+  config.sketch_sets = static_cast<uint32_t>(ints[9]);
+  config.limit_bytes = ints[10];
+  config.eps = floats[0];
+  config.beta1 = floats[1];
+  config.beta2 = floats[2];
+  config.init_scale = floats[3];
+  config.restore_scale = floats[4];
+  config.decay = floats[5];
+  config.levels.assign(floats.begin() + 6, floats.end());
+  require(config.chunk > 0 && config.chunks > 0 && config.chunks <= 64, "chunk and chunks must be positive, chunks at most 64");
+  require(static_cast<int>(config.levels.size()) == config.chunks, "one level for each chunk is wanted");
+  require(config.tables > 0 && config.tables <= 65536, "there must be 1 to 65536 tables");
+  require(config.first_bucket < config.end_bucket && config.end_bucket <= fiited::kBuckets, "bucket range out of order");
+  require(config.sketch_sets > 0, "the sketch needs one set for each bucket");
+  require(config.limit_bytes >= 0, "limit_bytes must not be negative");
+  return config;
+}
+
+int64_t store_create(std::vector<int64_t> ints, std::vector<double> floats) {
+  auto shard = Shard::make(config_of(ints, floats));
+  const std::lock_guard<std::mutex> lock(shards_mutex);
+  shards[next_handle] = std::move(shard);
+  return next_handle++;
+}
+
+void store_destroy(int64_t handle) {
+  const std::lock_guard<std::mutex> lock(shards_mutex);
+  shards.erase(handle);
+}
+
+// [fixed bytes, bytes of a row of width 1, ..., of width k]
+Tensor store_plan(std::vector<int64_t> ints, std::vector<double> floats) {
+  const ShardConfig config = config_of(ints, floats);
+  std::vector<int64_t> plan{config.fixed_bytes()};
+  for (int width = 1; width <= config.chunks; ++width) plan.push_back(config.row_bytes(width));
+  return from_vector(plan, ScalarType::Long);
+}
+
+void check_keys(const ShardConfig& config, const int64_t* keys, const int32_t* tables, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bucket = fiited::bucket_of(static_cast<uint64_t>(keys[i]));
+    require(bucket >= config.first_bucket && bucket < config.end_bucket, "key " + std::to_string(i) + " belongs to another shard (bucket " + std::to_string(bucket) + ")");
+    require(tables[i] >= 0 && tables[i] < config.tables, "table " + std::to_string(tables[i]) + " of key " + std::to_string(i) + " does not exist");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> store_lookup(int64_t handle, Tensor keys, Tensor tables, Tensor counts, bool training, int64_t step,
+                                                int64_t quota, bool with_values) {
+  const auto shard = shard_of(handle);
+  const ShardConfig& config = shard->config();
+  const int64_t n = keys.numel();
+  const auto* keys_data = read<int64_t>(keys, ScalarType::Long, "keys", n);
+  const auto* tables_data = read<int32_t>(tables, ScalarType::Int, "tables", n);
+  const auto* counts_data = read<int32_t>(counts, ScalarType::Int, "counts", n);
+  check_keys(config, keys_data, tables_data, n);
+  Tensor addresses = make(n, ScalarType::Int);
+  Tensor widths = make(n, ScalarType::Byte);
+  Tensor values = make(with_values ? n * config.chunk * config.chunks : 0, ScalarType::Float);
+  const int64_t used = shard->lookup(n, keys_data, tables_data, counts_data, training, step, static_cast<uint64_t>(quota),
+                                     static_cast<uint32_t*>(addresses.mutable_data_ptr()), static_cast<uint8_t*>(widths.mutable_data_ptr()),
+                                     with_values ? static_cast<float*>(values.mutable_data_ptr()) : nullptr);
+  return {addresses, widths, with_values ? torch::stable::narrow(values, 0, 0, used) : values};
+}
+
+void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients,
+                  std::optional<Tensor> lookup_norms, double lr, int64_t step) {
+  const auto shard = shard_of(handle);
+  const ShardConfig& config = shard->config();
+  const int64_t n = keys.numel();
+  const auto* keys_data = read<int64_t>(keys, ScalarType::Long, "keys", n);
+  const auto* tables_data = read<int32_t>(tables, ScalarType::Int, "tables", n);
+  check_keys(config, keys_data, tables_data, n);
+  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", n);
+  int64_t size = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    require(widths_data[i] <= config.chunks, "width " + std::to_string(widths_data[i]) + " is more than all chunks");
+    size += fiited::gradient_size(widths_data[i], config.chunk, config.chunks);
+  }
+  shard->update(n, keys_data, tables_data, reinterpret_cast<const uint32_t*>(read<int32_t>(addresses, ScalarType::Int, "addresses", n)), widths_data,
+                read<int32_t>(counts, ScalarType::Int, "counts", n), read<float>(gradients, ScalarType::Float, "gradients", size),
+                lookup_norms ? read<float>(*lookup_norms, ScalarType::Float, "lookup_norms", n) : nullptr, lr, step);
+}
+
+Tensor store_histogram(int64_t handle) {
+  Tensor out = torch::stable::empty({2, fiited::kImportanceBins}, ScalarType::Long);
+  shard_of(handle)->histogram(static_cast<int64_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+void store_resize(int64_t handle, double threshold) {
+  require(threshold >= 0, "the threshold must not be negative");
+  shard_of(handle)->resize(threshold);
+}
+
+void store_set_limit(int64_t handle, int64_t bytes) { shard_of(handle)->set_limit(bytes); }
+
+Tensor store_stats(int64_t handle) {
+  const fiited::ShardStats s = shard_of(handle)->stats();
+  return from_vector<int64_t>({s.payload, s.optimizer, s.index, s.sketch, s.slack, s.total, s.planned, s.fixed, s.limit, s.peak, s.rows, s.distinct,
+                               s.lookups, s.hits, s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes},
+                              ScalarType::Long);
+}
+
+Tensor store_rows_by_width(int64_t handle) {
+  const auto shard = shard_of(handle);
+  Tensor out = torch::stable::empty({shard->config().tables, shard->config().chunks}, ScalarType::Long);
+  shard->rows_by_width(static_cast<int64_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+void store_reset_round_counters(int64_t handle) { shard_of(handle)->reset_round_counters(); }
+
+void store_check(int64_t handle) { shard_of(handle)->check(); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> store_export(int64_t handle, int64_t first_bucket, int64_t end_bucket) {
+  const auto rows = shard_of(handle)->export_rows(static_cast<uint32_t>(first_bucket), static_cast<uint32_t>(end_bucket));
+  return {from_vector(rows.raw_ids, ScalarType::Long),     from_vector(rows.tables, ScalarType::Int),
+          from_vector(rows.widths, ScalarType::Byte),      from_vector(rows.importance, ScalarType::Float),
+          from_vector(rows.values, ScalarType::Float),     from_vector(rows.state, ScalarType::Float)};
+}
+
+void store_import(int64_t handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state) {
+  const auto shard = shard_of(handle);
+  const ShardConfig& config = shard->config();
+  const int64_t n = raw_ids.numel();
+  fiited::ExportedRows rows;
+  rows.raw_ids = to_vector<int64_t>(raw_ids, ScalarType::Long, "raw_ids", n);
+  rows.tables = to_vector<int32_t>(tables, ScalarType::Int, "tables", n);
+  rows.widths = to_vector<uint8_t>(widths, ScalarType::Byte, "widths", n);
+  rows.importance = to_vector<float>(importance, ScalarType::Float, "importance", n);
+  int64_t value_count = 0;
+  int64_t state_count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    require(rows.tables[i] >= 0 && rows.tables[i] < config.tables, "import: row " + std::to_string(i) + " names table " + std::to_string(rows.tables[i]));
+    require(rows.widths[i] > 0 && rows.widths[i] <= config.chunks, "import: row " + std::to_string(i) + " has width " + std::to_string(rows.widths[i]));
+    require(rows.importance[i] >= 0 && rows.importance[i] < 3e38f, "import: the importance of row " + std::to_string(i) + " is not a number >= 0");
+    value_count += rows.widths[i] * config.chunk;
+    state_count += config.layout().state_bytes(rows.widths[i]) / 4;
+  }
+  rows.values = to_vector<float>(values, ScalarType::Float, "values", value_count);
+  rows.state = to_vector<float>(state, ScalarType::Float, "state", state_count);
+  shard->import_rows(rows);
+}
+
+// ---- batches --------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dedup_ids(Tensor ids, Tensor feature_ends, Tensor feature_tables, int64_t seed, int64_t workers) {
+  const int64_t n = ids.numel();
+  const int64_t features = feature_ends.numel();
+  const auto* ends = read<int64_t>(feature_ends, ScalarType::Long, "feature_ends", features);
+  for (int64_t f = 0; f < features; ++f) {
+    require(ends[f] >= (f ? ends[f - 1] : 0), "feature_ends falls at feature " + std::to_string(f));
+  }
+  require((features ? ends[features - 1] : 0) == n, "feature_ends must end at the number of ids");
+  require(workers > 0 && workers <= fiited::kBuckets, "there must be 1 to 1024 workers");
+  Tensor keys = make(n, ScalarType::Long);
+  Tensor tables = make(n, ScalarType::Int);
+  Tensor counts = make(n, ScalarType::Int);
+  Tensor inverse = make(n, ScalarType::Int);
+  Tensor splits = make(workers, ScalarType::Long);
+  fiited::Deduped out{0, static_cast<int64_t*>(keys.mutable_data_ptr()), static_cast<int32_t*>(tables.mutable_data_ptr()),
+                      static_cast<int32_t*>(counts.mutable_data_ptr()), static_cast<int32_t*>(inverse.mutable_data_ptr())};
+  fiited::dedup_ids(read<int64_t>(ids, ScalarType::Long, "ids", n), ends, read<int32_t>(feature_tables, ScalarType::Int, "feature_tables", features),
+                    static_cast<int>(features), static_cast<uint64_t>(seed), static_cast<int>(workers), out, static_cast<int64_t*>(splits.mutable_data_ptr()));
+  return {torch::stable::narrow(keys, 0, 0, out.unique), torch::stable::narrow(tables, 0, 0, out.unique), torch::stable::narrow(counts, 0, 0, out.unique), inverse, splits};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dedup_keys(Tensor keys, Tensor tables, Tensor counts) {
+  const int64_t n = keys.numel();
+  Tensor out_keys = make(n, ScalarType::Long);
+  Tensor out_tables = make(n, ScalarType::Int);
+  Tensor out_counts = make(n, ScalarType::Int);
+  Tensor inverse = make(n, ScalarType::Int);
+  fiited::Deduped out{0, static_cast<int64_t*>(out_keys.mutable_data_ptr()), static_cast<int32_t*>(out_tables.mutable_data_ptr()),
+                      static_cast<int32_t*>(out_counts.mutable_data_ptr()), static_cast<int32_t*>(inverse.mutable_data_ptr())};
+  fiited::dedup_keys(n, read<int64_t>(keys, ScalarType::Long, "keys", n), read<int32_t>(tables, ScalarType::Int, "tables", n),
+                     read<int32_t>(counts, ScalarType::Int, "counts", n), out);
+  return {torch::stable::narrow(out_keys, 0, 0, out.unique), torch::stable::narrow(out_tables, 0, 0, out.unique), torch::stable::narrow(out_counts, 0, 0, out.unique), inverse};
+}
+
+// Where each row starts, in floats, and how many there are in all.
+std::vector<int64_t> starts_of(const uint8_t* widths, int64_t rows, int64_t chunk, int64_t chunks, bool wire) {
+  std::vector<int64_t> starts(rows + 1, 0);
+  for (int64_t i = 0; i < rows; ++i) {
+    require(widths[i] <= chunks, "width " + std::to_string(widths[i]) + " of row " + std::to_string(i) + " is more than all chunks");
+    starts[i + 1] = starts[i] + (wire ? fiited::gradient_size(widths[i], static_cast<int>(chunk), static_cast<int>(chunks)) : widths[i] * chunk);
+  }
+  return starts;
+}
+
+fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights, ScalarType real, int64_t features, bool mean,
+                     int64_t chunk, int64_t chunks, int64_t rows) {
+  require(features > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
+  const int64_t n = inverse.numel();
+  fiited::Bags bags{features, (offsets.numel() - 1) / features, read<int64_t>(offsets, ScalarType::Long, "offsets", -1),
+                    read<int32_t>(inverse, ScalarType::Int, "inverse", n), nullptr, mean, static_cast<int>(chunk), static_cast<int>(chunks)};
+  const int64_t last = features * bags.batch;
+  require(bags.offsets[0] == 0 && bags.offsets[last] == n, "offsets must begin at 0 and end at the number of lookups");
+  for (int64_t i = 0; i < last; ++i) {
+    require(bags.offsets[i] <= bags.offsets[i + 1], "offsets fall at feature " + std::to_string(i / std::max<int64_t>(bags.batch, 1)) + ", position " + std::to_string(i % std::max<int64_t>(bags.batch, 1)));
+  }
+  for (int64_t i = 0; i < n; ++i) require(bags.inverse[i] >= 0 && bags.inverse[i] < rows, "lookup " + std::to_string(i) + " names a row that is not there");
+  if (weights) bags.weights = real == ScalarType::Double ? static_cast<const void*>(read<double>(*weights, real, "weights", n)) : read<float>(*weights, real, "weights", n);
+  return bags;
+}
+
+ScalarType real_type(const Tensor& tensor, const char* name) {
+  require(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double, std::string(name) + " must be float32 or float64");
+  return tensor.scalar_type();
+}
+
+template <class Visit>
+auto with_real(ScalarType type, Visit&& visit) {
+  return type == ScalarType::Double ? visit(double{}) : visit(float{});
+}
+
+Tensor pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean, int64_t chunk, int64_t chunks) {
+  const ScalarType type = real_type(values, "values");
+  const int64_t rows = widths.numel();
+  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
+  const auto starts = starts_of(widths_data, rows, chunk, chunks, false);
+  const fiited::Bags bags = bags_of(inverse, offsets, weights, type, features, mean, chunk, chunks, rows);
+  Tensor out = torch::stable::empty({bags.batch, features, chunk * chunks}, type);
+  torch::stable::zero_(out);
+  with_real(type, [&](auto real) {
+    using Real = decltype(real);
+    fiited::pool<Real>(bags, read<Real>(values, type, "values", starts.back()), starts.data(), widths_data, static_cast<Real*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+Tensor pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean, int64_t chunk,
+                     int64_t chunks, bool fold) {
+  const ScalarType type = real_type(grad_out, "grad_out");
+  const int64_t rows = widths.numel();
+  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
+  const auto starts = starts_of(widths_data, rows, chunk, chunks, fold);
+  const fiited::Bags bags = bags_of(inverse, offsets, weights, type, features, mean, chunk, chunks, rows);
+  Tensor out = make(starts.back(), type);
+  torch::stable::zero_(out);
+  with_real(type, [&](auto real) {
+    using Real = decltype(real);
+    const auto* grad = read<Real>(grad_out, type, "grad_out", bags.batch * features * chunk * chunks);
+    fiited::pool_backward<Real>(bags, grad, starts.data(), widths_data, fold, static_cast<Real*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+Tensor pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tensor inverse, Tensor offsets, int64_t features, bool mean, int64_t chunk, int64_t chunks) {
+  const ScalarType type = real_type(grad_out, "grad_out");
+  const int64_t rows = widths.numel();
+  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
+  const auto starts = starts_of(widths_data, rows, chunk, chunks, false);
+  const fiited::Bags bags = bags_of(inverse, offsets, std::nullopt, type, features, mean, chunk, chunks, rows);
+  Tensor out = make(inverse.numel(), type);
+  with_real(type, [&](auto real) {
+    using Real = decltype(real);
+    const auto* grad = read<Real>(grad_out, type, "grad_out", bags.batch * features * chunk * chunks);
+    fiited::pool_weights_backward<Real>(bags, grad, read<Real>(values, type, "values", starts.back()), starts.data(), widths_data, static_cast<Real*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+Tensor lookup_norms(Tensor grad_out, int64_t rows, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean, int64_t dim) {
+  const fiited::Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, dim, 1, rows);
+  Tensor out = make(rows, ScalarType::Float);
+  torch::stable::zero_(out);
+  fiited::lookup_norms(bags, read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * dim), static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// Sums wire gradients of several workers: row i of `from`, `widths[target[i]]` wide, is added into row target[i].
+Tensor sum_gradients(Tensor from, Tensor target, Tensor widths, int64_t chunk, int64_t chunks) {
+  const int64_t n = target.numel();
+  const int64_t rows = widths.numel();
+  const auto* target_data = read<int32_t>(target, ScalarType::Int, "target", n);
+  const auto starts = starts_of(read<uint8_t>(widths, ScalarType::Byte, "widths", rows), rows, chunk, chunks, true);
+  std::vector<int64_t> sizes(n);
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    require(target_data[i] >= 0 && target_data[i] < rows, "target " + std::to_string(i) + " is out of range");
+    sizes[i] = starts[target_data[i] + 1] - starts[target_data[i]];
+    total += sizes[i];
+  }
+  Tensor out = make(starts.back(), ScalarType::Float);
+  torch::stable::zero_(out);
+  fiited::add_rows(n, target_data, sizes.data(), read<float>(from, ScalarType::Float, "from", total), starts.data(), static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// Copies rows (`widths[row]` * chunk floats each) in the order of `take`: what an owner sends back for the keys it was asked.
+Tensor take_rows(Tensor values, Tensor widths, Tensor take, int64_t chunk) {
+  const int64_t rows = widths.numel();
+  const int64_t n = take.numel();
+  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
+  const auto* take_data = read<int32_t>(take, ScalarType::Int, "take", n);
+  const auto starts = starts_of(widths_data, rows, chunk, 255, false);
+  const auto* from = read<float>(values, ScalarType::Float, "values", starts.back());
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    require(take_data[i] >= 0 && take_data[i] < rows, "take " + std::to_string(i) + " is out of range");
+    total += widths_data[take_data[i]] * chunk;
+  }
+  Tensor out = make(total, ScalarType::Float);
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t size = widths_data[take_data[i]] * chunk;
+    std::copy_n(from + starts[take_data[i]], size, to);
+    to += size;
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fiited, m) {
+  m.def("store_create(int[] ints, float[] floats) -> int");
+  m.def("store_destroy(int handle) -> ()");
+  m.def("store_plan(int[] ints, float[] floats) -> Tensor");
+  m.def("store_lookup(int handle, Tensor keys, Tensor tables, Tensor counts, bool training, int step, int quota, bool with_values) -> (Tensor, Tensor, Tensor)");
+  m.def("store_update(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients, Tensor? lookup_norms, float lr, int step) -> ()");
+  m.def("store_histogram(int handle) -> Tensor");
+  m.def("store_resize(int handle, float threshold) -> ()");
+  m.def("store_set_limit(int handle, int bytes) -> ()");
+  m.def("store_stats(int handle) -> Tensor");
+  m.def("store_rows_by_width(int handle) -> Tensor");
+  m.def("store_reset_round_counters(int handle) -> ()");
+  m.def("store_check(int handle) -> ()");
+  m.def("store_export(int handle, int first_bucket, int end_bucket) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("store_import(int handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state) -> ()");
+  m.def("dedup_ids(Tensor ids, Tensor feature_ends, Tensor feature_tables, int seed, int workers) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("dedup_keys(Tensor keys, Tensor tables, Tensor counts) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int chunk, int chunks) -> Tensor");
+  m.def("pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int chunk, int chunks, bool fold) -> Tensor");
+  m.def("pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tensor inverse, Tensor offsets, int features, bool mean, int chunk, int chunks) -> Tensor");
+  m.def("lookup_norms(Tensor grad_out, int rows, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int dim) -> Tensor");
+  m.def("sum_gradients(Tensor from_, Tensor target, Tensor widths, int chunk, int chunks) -> Tensor");
+  m.def("take_rows(Tensor values, Tensor widths, Tensor take, int chunk) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fiited, CompositeExplicitAutograd, m) {
+  m.impl("store_create", TORCH_BOX(&store_create));
+  m.impl("store_destroy", TORCH_BOX(&store_destroy));
+  m.impl("store_plan", TORCH_BOX(&store_plan));
+  m.impl("store_histogram", TORCH_BOX(&store_histogram));
+  m.impl("store_resize", TORCH_BOX(&store_resize));
+  m.impl("store_set_limit", TORCH_BOX(&store_set_limit));
+  m.impl("store_stats", TORCH_BOX(&store_stats));
+  m.impl("store_rows_by_width", TORCH_BOX(&store_rows_by_width));
+  m.impl("store_reset_round_counters", TORCH_BOX(&store_reset_round_counters));
+  m.impl("store_check", TORCH_BOX(&store_check));
+  m.impl("store_export", TORCH_BOX(&store_export));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
+  m.impl("store_lookup", TORCH_BOX(&store_lookup));
+  m.impl("store_update", TORCH_BOX(&store_update));
+  m.impl("store_import", TORCH_BOX(&store_import));
+  m.impl("dedup_ids", TORCH_BOX(&dedup_ids));
+  m.impl("dedup_keys", TORCH_BOX(&dedup_keys));
+  m.impl("pool", TORCH_BOX(&pool));
+  m.impl("pool_backward", TORCH_BOX(&pool_backward));
+  m.impl("pool_weights_backward", TORCH_BOX(&pool_weights_backward));
+  m.impl("lookup_norms", TORCH_BOX(&lookup_norms));
+  m.impl("sum_gradients", TORCH_BOX(&sum_gradients));
+  m.impl("take_rows", TORCH_BOX(&take_rows));
+}

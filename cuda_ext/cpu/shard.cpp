@@ -1,0 +1,524 @@
+#include "cpu/shard.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "cpu/distinct.h"
+#include "cpu/optimizers.h"
+
+namespace fiited {
+
+namespace {
+
+constexpr int kBlock = 32;             // keys probed together, so that their cache misses overlap
+constexpr int kLowerAt = 16;           // octaves of decay after which all importances are scaled down
+constexpr uint64_t kAllKeys = 1ull << 32;
+
+int64_t directory_bytes(const ShardConfig& config) {
+  if (config.limit_bytes == 0) return 0;
+  int64_t bytes = 0;
+  for (int width = 1; width <= config.chunks; ++width) {
+    bytes += 8 * static_cast<int64_t>(Pools::most_slabs(config.layout(), config.slab_rows_log2(), width, config.limit_bytes * 2));
+  }
+  return bytes;
+}
+
+int64_t counter_bytes(const ShardConfig& config) {
+  return static_cast<int64_t>(sizeof(DistinctCounter)) + int64_t{8} * config.tables * config.chunks;
+}
+
+int64_t sketch_bytes(const ShardConfig& config) { return Sketch::kSetBytes * config.sketch_sets * config.buckets(); }
+
+template <class Store>
+class ShardOf final : public Shard {
+ public:
+  explicit ShardOf(const ShardConfig& config)
+      : Shard(config),
+        layout_(config.layout()),
+        index_(memory_, config.partitions_log2()),
+        pools_(memory_, layout_, config.slab_rows_log2(), config.limit_bytes * 2),
+        cells_(static_cast<uint32_t*>(memory_.take(sketch_bytes(config)))),
+        sketch_(cells_, config.first_bucket, config.sketch_sets),
+        rows_by_(static_cast<size_t>(config.tables) * config.chunks, 0) {
+    if (cells_ == nullptr) throw std::runtime_error("no memory for the sketch of " + std::to_string(sketch_bytes(config)) + " bytes");
+    for (int table = 0; table < config.tables; ++table) salts_.push_back(table_salt(config.seed, table));
+    for (int width = 0; width <= config.chunks; ++width) row_bytes_.push_back(width ? config.row_bytes(width) : 0);
+    planned_ = config.fixed_bytes();
+    set_limit(config.limit_bytes);
+    set_cuts();
+  }
+  ~ShardOf() override { memory_.give(cells_, sketch_bytes(config_)); }
+
+  void set_limit(int64_t bytes) override {
+    limit_ = bytes > 0 ? bytes : Memory::kUnlimited;
+    memory_.set_limit(bytes > 0 ? bytes - uncounted_bytes() : Memory::kUnlimited);
+  }
+
+  int64_t lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step,
+                 uint64_t quota, uint32_t* addresses, uint8_t* widths, float* values) override {
+    const bool open = training && threshold_ == 0.0 && quota > 0;
+    float* out = values;
+    uint32_t candidates[kBlock];
+    for (int64_t i = 0; i < std::min<int64_t>(n, kBlock); ++i) index_.prefetch(keys[i]);
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int size = static_cast<int>(std::min<int64_t>(kBlock, n - begin));
+      for (int i = 0; i < size; ++i) {
+        candidates[i] = index_.candidate(keys[begin + i]);
+        if (candidates[i] == kAbsent) continue;
+        if (values) {
+          pools_.prefetch_row(candidates[i]);
+        } else {
+          pools_.prefetch_header(candidates[i]);
+        }
+      }
+      for (int64_t i = begin + size; i < std::min<int64_t>(begin + size + kBlock, n); ++i) index_.prefetch(keys[i]);
+      for (int i = 0; i < size; ++i) {
+        const auto key = static_cast<uint64_t>(keys[begin + i]);
+        const auto table = static_cast<uint16_t>(tables[begin + i]);
+        uint32_t address = candidates[i];
+        if (address != kAbsent && !is_row(address, key, table)) address = kAbsent;
+        if (address == kAbsent) address = find(key, table);
+        if (training) {
+          distinct_.add(key, table);
+          lookups_ += counts[begin + i];
+          if (address != kAbsent) hits_ += counts[begin + i];
+        }
+        if (address == kAbsent && open && (mix64(key + kGolden * static_cast<uint64_t>(step)) >> 32) < quota) {
+          address = admit(key, table, layout_.chunks, 0.0f);
+        }
+        const int width = address == kAbsent ? 0 : pools_.width(address);
+        addresses[begin + i] = address;
+        widths[begin + i] = static_cast<uint8_t>(width);
+        if (values) {
+          if (width) read_vector(pools_.row(address), width, out);
+          out += width * layout_.chunk;
+        }
+      }
+    }
+    return out - values;
+  }
+
+  void update(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const uint8_t* widths,
+              const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step) override {
+    if (config_.importance == Importance::kLookupNormSum && lookup_norms == nullptr) {
+      throw std::runtime_error("importance lookup_norm_sum needs the lookups' gradient norms");
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int width = addresses[i] == kAbsent ? 0 : pools_.width(addresses[i]);
+      if (width != widths[i] || (width && !is_row(addresses[i], keys[i], static_cast<uint16_t>(tables[i])))) {
+        throw std::runtime_error("update: row " + std::to_string(i) + " was resized or moved since its lookup; look up again after a round");
+      }
+    }
+    advance(step);
+    switch (config_.optimizer) {
+      case Optimizer::kSgd: return update_rows<Optimizer::kSgd>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
+      case Optimizer::kAdagrad: return update_rows<Optimizer::kAdagrad>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
+      case Optimizer::kRowwiseAdagrad:
+        return update_rows<Optimizer::kRowwiseAdagrad>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
+      case Optimizer::kAdam: return update_rows<Optimizer::kAdam>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
+    }
+  }
+
+  void histogram(int64_t* out) const override {
+    std::fill(out, out + 2 * kImportanceBins, 0);
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      for (uint32_t at = 0; at < pools_.count(width); ++at) {
+        const int bin = importance_bin(pools_.header(pools_.address_of(width, at)).importance * unscale_);
+        ++out[bin];
+        out[kImportanceBins + bin] += row_bytes_[width];
+      }
+    }
+  }
+
+  void resize(double threshold) override {
+    threshold_ = threshold;
+    set_cuts();
+    for (int width = layout_.chunks; width >= 1; --width) {  // first what frees memory
+      for (uint32_t at = pools_.count(width); at-- > 0;) {
+        const uint32_t address = pools_.address_of(width, at);
+        const RowHeader& header = pools_.header(address);
+        const int wanted = width_of(header.importance * unscale_, cuts_.data(), layout_.chunks);
+        if (wanted == 0) {
+          evict(address);
+        } else if (wanted < width) {
+          move(address, wanted);
+        }
+      }
+    }
+    index_.shrink(key_at());
+    for (int width = layout_.chunks - 1; width >= 1; --width) {  // then what takes it
+      for (uint32_t at = pools_.count(width); at-- > 0;) {
+        const uint32_t address = pools_.address_of(width, at);
+        const int wanted = width_of(pools_.header(address).importance * unscale_, cuts_.data(), layout_.chunks);
+        if (wanted > width) move(address, wanted);
+      }
+    }
+  }
+
+  ShardStats stats() override {
+    ShardStats s{};
+    int64_t row_headers = 0;
+    int64_t row_total = 0;
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      const int64_t count = pools_.count(width);
+      s.rows += count;
+      s.payload += count * layout_.vector_bytes(width);
+      s.optimizer += count * layout_.state_bytes(width);
+      row_headers += count * static_cast<int64_t>(sizeof(RowHeader));
+      row_total += count * layout_.stride(width);
+    }
+    s.index = index_.bytes() + row_headers;
+    s.sketch = static_cast<int64_t>(Memory::rounded(sketch_bytes(config_))) + counter_bytes(config_);
+    s.total = memory_.used() + uncounted_bytes();
+    s.slack = s.total - s.payload - s.optimizer - s.index - s.sketch;
+    s.planned = planned_;
+    s.fixed = config_.fixed_bytes();
+    s.limit = limit_ == Memory::kUnlimited ? 0 : limit_;
+    s.peak = memory_.take_peak() + uncounted_bytes();
+    s.distinct = distinct_.estimate();
+    s.lookups = lookups_;
+    s.hits = hits_;
+    s.admitted = admitted_;
+    s.refused = refused_;
+    s.resized = resized_;
+    s.evicted = evicted_;
+    s.admitted_bytes = admitted_bytes_;
+    return s;
+  }
+
+  void rows_by_width(int64_t* out) const override { std::copy(rows_by_.begin(), rows_by_.end(), out); }
+
+  void reset_round_counters() override { admitted_ = refused_ = resized_ = evicted_ = admitted_bytes_ = 0; }
+
+  ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const override {
+    std::vector<uint32_t> addresses;
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      for (uint32_t at = 0; at < pools_.count(width); ++at) {
+        const uint32_t address = pools_.address_of(width, at);
+        const uint32_t bucket = bucket_of(pools_.header(address).key);
+        if (bucket >= first_bucket && bucket < end_bucket) addresses.push_back(address);
+      }
+    }
+    std::sort(addresses.begin(), addresses.end(), [&](uint32_t a, uint32_t b) {
+      const RowHeader& x = pools_.header(a);
+      const RowHeader& y = pools_.header(b);
+      const uint64_t x_key = x.key;
+      const uint64_t y_key = y.key;
+      return x_key != y_key ? x_key < y_key : x.table < y.table;
+    });
+    ExportedRows rows;
+    for (const uint32_t address : addresses) {
+      const int width = pools_.width(address);
+      const RowHeader& header = pools_.header(address);
+      rows.raw_ids.push_back(static_cast<int64_t>(raw_id_of(header.key, salts_[header.table])));
+      rows.tables.push_back(header.table);
+      rows.widths.push_back(static_cast<uint8_t>(width));
+      rows.importance.push_back(header.importance * unscale_);
+      rows.values.resize(rows.values.size() + width * layout_.chunk);
+      read_vector(pools_.row(address), width, rows.values.data() + rows.values.size() - width * layout_.chunk);
+      const auto* state = reinterpret_cast<const float*>(pools_.row(address) + layout_.state_offset(width));
+      rows.state.insert(rows.state.end(), state, state + layout_.state_bytes(width) / 4);
+    }
+    return rows;
+  }
+
+  void import_rows(const ExportedRows& rows) override {
+    const float* values = rows.values.data();
+    const float* state = rows.state.data();
+    for (size_t i = 0; i < rows.raw_ids.size(); ++i) {
+      const int width = rows.widths[i];
+      const auto table = static_cast<uint16_t>(rows.tables[i]);
+      const uint64_t key = key_of(static_cast<uint64_t>(rows.raw_ids[i]), salts_[table]);
+      const std::string name = "import: row " + std::to_string(i) + " (table " + std::to_string(table) + ", id " + std::to_string(rows.raw_ids[i]) + ")";
+      const uint32_t bucket = bucket_of(key);
+      if (bucket < config_.first_bucket || bucket >= config_.end_bucket) throw std::runtime_error(name + " belongs to another shard");
+      if (find(key, table) != kAbsent) throw std::runtime_error(name + " is already in the store");
+      const uint32_t address = admit(key, table, width, rows.importance[i] * scale_);
+      if (address == kAbsent) throw std::runtime_error(name + " does not fit into the limit of " + std::to_string(limit_) + " bytes");
+      std::byte* row = pools_.row(address);
+      auto* vector = reinterpret_cast<typename Store::Bits*>(row + sizeof(RowHeader));
+      for (int dim = 0; dim < width * layout_.chunk; ++dim) vector[dim] = Store::from_float(values[dim], 0);
+      std::memcpy(row + layout_.state_offset(width), state, layout_.state_bytes(width));
+      values += width * layout_.chunk;
+      state += layout_.state_bytes(width) / 4;
+    }
+  }
+
+  void check() const override {
+    int64_t planned = config_.fixed_bytes();
+    std::vector<int64_t> rows_by(rows_by_.size(), 0);
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      for (uint32_t at = 0; at < pools_.count(width); ++at) {
+        const uint32_t address = pools_.address_of(width, at);
+        const RowHeader& header = pools_.header(address);
+        if (find(header.key, header.table) != address) throw std::runtime_error("check: the index does not lead to row " + std::to_string(address));
+        if (!(header.importance >= 0)) throw std::runtime_error("check: importance of row " + std::to_string(address) + " is negative or NaN");
+        ++rows_by[header.table * layout_.chunks + width - 1];
+        planned += row_bytes_[width];
+      }
+    }
+    if (planned != planned_) throw std::runtime_error("check: planned bytes are " + std::to_string(planned_) + ", not " + std::to_string(planned));
+    if (rows_by != rows_by_) throw std::runtime_error("check: rows by table and width are miscounted");
+    if (memory_.used() + uncounted_bytes() > limit_) throw std::runtime_error("check: more bytes are taken than the limit allows");
+    if (memory_.used() + uncounted_bytes() > planned_) throw std::runtime_error("check: more bytes are taken than planned");
+  }
+
+ private:
+  struct KeyAt {
+    const Pools* pools;
+    uint64_t operator()(uint32_t address) const { return pools->header(address).key; }
+    void prefetch(uint32_t address) const { pools->prefetch_header(address); }
+  };
+  KeyAt key_at() const { return {&pools_}; }
+
+  // Small fixed parts that do not come from memory_.
+  int64_t uncounted_bytes() const {
+    return Index::directory_bytes(config_.partitions_log2()) + pools_.directory_bytes() + counter_bytes(config_);
+  }
+
+  bool is_row(uint32_t address, uint64_t key, uint16_t table) const {
+    const RowHeader& header = pools_.header(address);
+    return header.key == key && header.table == table;
+  }
+  uint32_t find(uint64_t key, uint16_t table) const {
+    return index_.find(key, [&](uint32_t address) { return is_row(address, key, table); });
+  }
+
+  void read_vector(const std::byte* row, int width, float* out) const {
+    const auto* vector = reinterpret_cast<const typename Store::Bits*>(row + sizeof(RowHeader));
+    for (int i = 0; i < width * layout_.chunk; ++i) out[i] = Store::to_float(vector[i]);
+  }
+
+  void initialise(std::byte* row, int width, int from_dim, uint64_t key, uint16_t table, double scale) {
+    auto* vector = reinterpret_cast<typename Store::Bits*>(row + sizeof(RowHeader));
+    for (int dim = from_dim; dim < width * layout_.chunk; ++dim) {
+      vector[dim] = Store::from_float(initial_value(key, table, dim, static_cast<float>(scale)), 0);
+    }
+  }
+
+  // A new row with initial values and clean state; kAbsent, and counted, when there is no room.
+  uint32_t admit(uint64_t key, uint16_t table, int width, float scaled_importance) {
+    uint32_t address = kAbsent;
+    if (planned_ + row_bytes_[width] <= limit_) address = pools_.append(width);
+    if (address == kAbsent) {
+      ++refused_;
+      return kAbsent;
+    }
+    std::byte* row = pools_.row(address);
+    pools_.header(address) = RowHeader{key, scaled_importance, table, 0};
+    if (!index_.insert(key, address, key_at())) {
+      pools_.remove(address);
+      ++refused_;
+      return kAbsent;
+    }
+    initialise(row, width, 0, key, table, config_.init_scale);
+    std::memset(row + layout_.state_offset(width), 0, layout_.state_bytes(width));
+    ++rows_by_[table * layout_.chunks + width - 1];
+    planned_ += row_bytes_[width];
+    admitted_bytes_ += row_bytes_[width];
+    ++admitted_;
+    return address;
+  }
+
+  void drop(uint32_t address) {  // the index no longer leads here
+    const uint32_t moved = pools_.remove(address);
+    if (moved != kAbsent) index_.move(pools_.header(address).key, moved, address);
+  }
+
+  void evict(uint32_t address) {
+    const RowHeader header = pools_.header(address);
+    const int width = pools_.width(address);
+    sketch_.add(header.key, header.importance);
+    index_.erase(header.key, address);
+    --rows_by_[header.table * layout_.chunks + width - 1];
+    planned_ -= row_bytes_[width];
+    drop(address);
+    ++evicted_;
+  }
+
+  // Gives a row another width: the common prefix stays, what is new starts clean.
+  void move(uint32_t from, int width) {
+    const int old = pools_.width(from);
+    const uint32_t to = planned_ - row_bytes_[old] + row_bytes_[width] <= limit_ ? pools_.append(width) : kAbsent;
+    if (to == kAbsent) {
+      ++refused_;
+      return;
+    }
+    const int kept = std::min(old, width);
+    std::byte* source = pools_.row(from);
+    std::byte* target = pools_.row(to);
+    const RowHeader header = pools_.header(from);
+    std::memcpy(target, source, sizeof(RowHeader) + layout_.vector_bytes(kept));
+    initialise(target, width, kept * layout_.chunk, header.key, header.table, config_.restore_scale);
+    copy_state(source + layout_.state_offset(old), old, target + layout_.state_offset(width), width);
+    index_.move(header.key, from, to);
+    --rows_by_[header.table * layout_.chunks + old - 1];
+    ++rows_by_[header.table * layout_.chunks + width - 1];
+    planned_ += row_bytes_[width] - row_bytes_[old];
+    drop(from);
+    ++resized_;
+  }
+
+  void copy_state(const std::byte* source, int old, std::byte* target, int width) const {
+    if (layout_.optimizer == Optimizer::kRowwiseAdagrad) {
+      std::memcpy(target, source, 4);
+      return;
+    }
+    const int moments = layout_.optimizer == Optimizer::kAdam ? 2 : layout_.optimizer == Optimizer::kAdagrad ? 1 : 0;
+    const int chunk_bytes = layout_.chunk * 4;
+    const int kept = std::min(old, width) * chunk_bytes;
+    for (int moment = 0; moment < moments; ++moment) {
+      std::byte* to = target + moment * width * chunk_bytes;
+      std::memcpy(to, source + moment * old * chunk_bytes, kept);
+      std::memset(to + kept, 0, width * chunk_bytes - kept);
+    }
+  }
+
+  template <Optimizer kind>
+  void update_rows(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const int32_t* counts,
+                   const float* gradients, const float* lookup_norms, double lr, int64_t step) {
+    StepConstants constants{static_cast<float>(lr), static_cast<float>(config_.eps), static_cast<float>(config_.beta1), static_cast<float>(config_.beta2), 1, 1, step};
+    if (kind == Optimizer::kAdam) {
+      constants.correction1 = static_cast<float>(1 - std::pow(config_.beta1, static_cast<double>(step)));
+      constants.correction2 = static_cast<float>(1 - std::pow(config_.beta2, static_cast<double>(step)));
+    }
+    for (int64_t i = 0; i < std::min<int64_t>(n, kBlock); ++i) prefetch_update(addresses[i], keys[i]);
+    const float* g = gradients;
+    for (int64_t i = 0; i < n; ++i) {
+      if (i + kBlock < n) prefetch_update(addresses[i + kBlock], keys[i + kBlock]);
+      const uint32_t address = addresses[i];
+      const auto key = static_cast<uint64_t>(keys[i]);
+      const int width = address == kAbsent ? 0 : pools_.width(address);
+      const int live = width * layout_.chunk;
+      const auto size = static_cast<int>(gradient_size(width, layout_.chunk, layout_.chunks));
+      const float live_squares = sum_of_squares(g, live);
+      const float squares = live_squares + sum_of_squares(g + live, size - live);
+      if (!std::isfinite(squares)) {
+        throw std::runtime_error("the gradient of table " + std::to_string(tables[i]) + ", id " +
+                                 std::to_string(static_cast<int64_t>(raw_id_of(key, salts_[tables[i]]))) + " is not finite");
+      }
+      const float gain = weight(counts[i], std::sqrt(squares), lookup_norms ? lookup_norms[i] : 0.0f) * scale_;
+      if (address != kAbsent) {
+        std::byte* row = pools_.row(address);
+        reinterpret_cast<RowHeader*>(row)->importance += gain;
+        apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live_squares, key, constants);
+      } else {
+        win_row(key, static_cast<uint16_t>(tables[i]), gain);
+      }
+      g += size;
+    }
+  }
+
+  void win_row(uint64_t key, uint16_t table, float gain) {
+    const float estimate = sketch_.add(key, gain);
+    if (threshold_ == 0.0) return;  // rows are then given out at lookup
+    const int width = width_of(estimate * unscale_, cuts_.data(), layout_.chunks);
+    if (width > 0 && admit(key, table, width, estimate) != kAbsent) sketch_.forget(key);
+  }
+
+  void prefetch_update(uint32_t address, uint64_t key) const {
+    if (address != kAbsent) {
+      pools_.prefetch_row(address);
+    } else {
+      sketch_.prefetch(key);
+    }
+  }
+
+  static float sum_of_squares(const float* x, int n) {
+    float lanes[8] = {};
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+      for (int lane = 0; lane < 8; ++lane) lanes[lane] += x[i + lane] * x[i + lane];
+    }
+    float sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+    for (; i < n; ++i) sum += x[i] * x[i];
+    return sum;
+  }
+
+  float weight(int32_t count, float norm, float lookup_norm) const {
+    switch (config_.importance) {
+      case Importance::kFrequencyTimesNorm: return static_cast<float>(count) * norm;
+      case Importance::kNorm: return norm;
+      case Importance::kLookupNormSum: return lookup_norm;
+      case Importance::kFrequency: return static_cast<float>(count);
+    }
+    return 0;
+  }
+
+  // Decay without touching rows: new weight is added times a growing scale, and everything is scaled down now and then.
+  void advance(int64_t step) {
+    double octaves = static_cast<double>(step) * -std::log2(config_.decay) - lowered_;
+    if (octaves > kLowerAt) {
+      const int by = static_cast<int>(octaves);
+      const float factor = std::ldexp(1.0f, -by);
+      for (int width = 1; width <= layout_.chunks; ++width) {
+        for (uint32_t at = 0; at < pools_.count(width); ++at) pools_.header(pools_.address_of(width, at)).importance *= factor;
+      }
+      sketch_.lower(by, config_.buckets());
+      lowered_ += by;
+      octaves -= by;
+    }
+    scale_ = static_cast<float>(std::exp2(octaves));
+    unscale_ = 1.0f / scale_;
+  }
+
+  void set_cuts() {
+    cuts_.clear();
+    for (const double level : config_.levels) cuts_.push_back(static_cast<float>(threshold_ * level));
+    if (threshold_ == 0.0) std::fill(cuts_.begin(), cuts_.end(), -1.0f);  // everything is worth keeping, unused rows too
+  }
+
+  Memory memory_;
+  RowLayout layout_;
+  Index index_;
+  Pools pools_;
+  uint32_t* cells_;
+  Sketch sketch_;
+  DistinctCounter distinct_;
+  std::vector<TableSalt> salts_;
+  std::vector<int64_t> row_bytes_;
+  std::vector<int64_t> rows_by_;
+  std::vector<float> cuts_;
+  int64_t limit_ = 0;
+  int64_t planned_ = 0;
+  float scale_ = 1;
+  float unscale_ = 1;
+  int64_t lowered_ = 0;
+  int64_t lookups_ = 0, hits_ = 0;
+  int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0;
+};
+
+}  // namespace
+
+int ShardConfig::partitions_log2() const {
+  const int64_t rows = limit_bytes ? limit_bytes / (row_bytes(1)) : (int64_t{1} << 24);
+  int log2 = 4;
+  while (log2 < 10 && (rows >> (log2 + 1)) > 4096) ++log2;
+  return log2;
+}
+
+int ShardConfig::slab_rows_log2() const {
+  int log2 = 4;
+  while (log2 < 12 && (!limit_bytes || (int64_t{2} << log2) * layout().stride(chunks) <= limit_bytes / 1024)) ++log2;
+  return log2;
+}
+
+int64_t ShardConfig::fixed_bytes() const {
+  return Index::fixed_bytes(partitions_log2()) + Pools::partial_slab_bytes(layout(), slab_rows_log2()) + directory_bytes(*this) +
+         static_cast<int64_t>(Memory::rounded(sketch_bytes(*this))) + counter_bytes(*this);
+}
+
+std::shared_ptr<Shard> Shard::make(const ShardConfig& config) {
+  if (config.limit_bytes != 0 && config.limit_bytes < config.fixed_bytes() + config.row_bytes(config.chunks)) {
+    throw std::runtime_error("a shard needs at least " + std::to_string(config.fixed_bytes() + config.row_bytes(config.chunks)) + " bytes");
+  }
+  switch (config.storage) {
+    case Storage::kFloat32: return std::make_shared<ShardOf<Float32>>(config);
+    case Storage::kBFloat16: return std::make_shared<ShardOf<BFloat16>>(config);
+    case Storage::kFloat16: return std::make_shared<ShardOf<Float16>>(config);
+  }
+  throw std::runtime_error("unknown storage type");
+}
+
+}  // namespace fiited

@@ -1,0 +1,112 @@
+// One worker's store: index, pools, sketch and the fused update, within a byte limit that holds at every moment.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/numeric.h"
+#include "cpu/index.h"
+#include "cpu/memory.h"
+#include "cpu/pools.h"
+#include "cpu/sketch.h"
+
+namespace fiited {
+
+enum class Storage : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class Importance : int { kFrequencyTimesNorm = 0, kNorm = 1, kLookupNormSum = 2, kFrequency = 3 };
+
+struct ShardConfig {
+  uint64_t seed;
+  int chunk;
+  int chunks;
+  Storage storage;
+  Optimizer optimizer;
+  Importance importance;
+  int tables;
+  uint32_t first_bucket;
+  uint32_t end_bucket;
+  uint32_t sketch_sets;  // per virtual bucket
+  int64_t limit_bytes;   // 0: no limit
+  double eps;
+  double beta1;
+  double beta2;
+  double init_scale;
+  double restore_scale;
+  double decay;
+  std::vector<double> levels;  // threshold multiples of the chunks, not decreasing
+
+  RowLayout layout() const { return {chunk, chunks, storage == Storage::kFloat32 ? 4 : 2, optimizer}; }
+  int partitions_log2() const;
+  int slab_rows_log2() const;
+  uint32_t buckets() const { return end_bucket - first_bucket; }
+  // Bytes the shard takes, at most, with no row in it; and for one row of a width, its part of the index included.
+  int64_t fixed_bytes() const;
+  int64_t row_bytes(int width) const { return layout().stride(width) + Index::kBytesPerRow; }
+};
+
+// Wire layout of a gradient at width w of k chunks: w*chunk values, and behind them, while w < k, the missing chunks folded
+// into one with fixed random signs (additive over workers; its norm estimates theirs, exactly when one chunk is missing).
+inline int64_t gradient_size(int width, int chunk, int chunks) { return static_cast<int64_t>(width < chunks ? width + 1 : chunks) * chunk; }
+
+struct ShardStats {
+  int64_t payload, optimizer, index, sketch, slack, total;  // bytes; total is their sum
+  int64_t planned, fixed, limit, peak;                      // bytes; peak since the last time it was asked for
+  int64_t rows, distinct;
+  int64_t lookups, hits;  // since the store was made, counted with repeats
+  int64_t admitted, refused, resized, evicted, admitted_bytes;
+};
+
+struct ExportedRows {
+  std::vector<int64_t> raw_ids;
+  std::vector<int32_t> tables;
+  std::vector<uint8_t> widths;
+  std::vector<float> importance;
+  std::vector<float> values;  // width*chunk for each row
+  std::vector<float> state;   // optimizer state for each row
+};
+
+class Shard {
+ public:
+  virtual ~Shard() = default;
+
+  // Addresses (kAbsent if there is no row), widths and, if `values` is not null, vectors at their width one behind the other;
+  // returns their number of floats. While training and as long as the threshold is 0, absent keys whose hash falls below
+  // `quota` (of 2^32) get a row of full width if there is room.
+  virtual int64_t lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step,
+                         uint64_t quota, uint32_t* addresses, uint8_t* widths, float* values) = 0;
+
+  // Importance and optimizer for the keys of one lookup. `gradients` in wire layout; `lookup_norms` may be null unless
+  // importance needs it. An absent key's importance goes to the sketch, and it gets a row once its estimate passes the cut.
+  virtual void update(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const uint8_t* widths,
+                      const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step) = 0;
+
+  // rows and planned bytes by importance bin: [2 * kImportanceBins].
+  virtual void histogram(int64_t* out) const = 0;
+  // Gives every row the width that its importance earns at this threshold.
+  virtual void resize(double threshold) = 0;
+  virtual void set_limit(int64_t bytes) = 0;
+
+  virtual ShardStats stats() = 0;
+  virtual void rows_by_width(int64_t* out) const = 0;  // [tables, chunks]
+  virtual void reset_round_counters() = 0;
+
+  virtual ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const = 0;
+  virtual void import_rows(const ExportedRows& rows) = 0;
+  virtual void check() const = 0;
+
+  const ShardConfig& config() const { return config_; }
+  double threshold() const { return threshold_; }
+
+  static std::shared_ptr<Shard> make(const ShardConfig& config);
+
+ protected:
+  explicit Shard(const ShardConfig& config) : config_(config) {}
+  ShardConfig config_;
+  double threshold_ = 0.0;
+};
+
+}  // namespace fiited
