@@ -64,9 +64,9 @@ std::shared_ptr<Shard> shard_of(int64_t handle) {
   return found->second;
 }
 
-// The order of these numbers is that of fiited_ray/store/shard.py.
+// The order of these numbers is that of fiited_ray/store/layout.py.
 ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector<double>& floats) {
-  require(ints.size() == 12 && floats.size() >= 6, "a shard's configuration is 12 integers and 6 numbers and levels");
+  require(ints.size() == 11 && floats.size() >= 6, "a shard's configuration is 11 integers and 6 numbers and levels");
   ShardConfig config;
   config.seed = static_cast<uint64_t>(ints[0]);
   config.chunk = static_cast<int>(ints[1]);

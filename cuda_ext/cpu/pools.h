@@ -5,6 +5,7 @@
 // Row:  key 8 | importance 4 | table 2 | spare 2 | vector width*chunk*value_bytes, padded to 4 | optimizer state
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -48,21 +49,17 @@ struct RowLayout {
 
 class Pools {
  public:
-  // `most_bytes` bounds the slab pointers, which are reserved at once and counted; 0 lets them grow.
-  Pools(Memory& memory, RowLayout layout, int slab_rows_log2, int64_t most_bytes)
-      : memory_(memory), layout_(layout), slab_log2_(slab_rows_log2), bounded_(most_bytes > 0) {
+  Pools(Memory& memory, RowLayout layout, int slab_rows_log2) : memory_(memory), layout_(layout), slab_log2_(slab_rows_log2) {
     int width_bits = 0;
     while ((1 << width_bits) < layout.chunks) ++width_bits;
     position_bits_ = 32 - width_bits;
     pools_.resize(layout.chunks);
-    for (int width = 1; width <= layout.chunks; ++width) {
-      pools_[width - 1].stride = layout.stride(width);
-      if (bounded_) pools_[width - 1].slabs.reserve(most_slabs(layout, slab_rows_log2, width, most_bytes));
-    }
+    for (int width = 1; width <= layout.chunks; ++width) pools_[width - 1].stride = layout.stride(width);
   }
   ~Pools() {
     for (Pool& pool : pools_) {
-      for (std::byte* slab : pool.slabs) memory_.give(slab, slab_bytes(pool));
+      for (uint32_t slab = 0; slab < pool.slab_count; ++slab) memory_.give(pool.slabs[slab], slab_bytes(pool));
+      memory_.give(pool.slabs, pool.slab_room * sizeof(std::byte*));
     }
   }
   Pools(const Pools&) = delete;
@@ -88,12 +85,11 @@ class Pools {
   // Address of a new row of this width, contents undefined; kAbsent when there is no memory.
   uint32_t append(int width) {
     Pool& pool = pools_[width - 1];
-    if (pool.count == (pool.slabs.size() << slab_log2_)) {
-      if (pool.count >= position_mask()) return kAbsent;
-      if (bounded_ && pool.slabs.size() == pool.slabs.capacity()) return kAbsent;
+    if (pool.count == (uint64_t{pool.slab_count} << slab_log2_)) {
+      if (pool.count >= position_mask() || !make_room(pool)) return kAbsent;
       auto* slab = static_cast<std::byte*>(memory_.take(slab_bytes(pool)));
       if (slab == nullptr) return kAbsent;
-      pool.slabs.push_back(slab);
+      pool.slabs[pool.slab_count++] = slab;
     }
     return (uint64_t{static_cast<uint32_t>(width - 1)} << position_bits_) | pool.count++;
   }
@@ -106,8 +102,7 @@ class Pools {
     if (last != address) std::memcpy(row(address), row(last), pool.stride);
     --pool.count;
     if ((pool.count & ((1u << slab_log2_) - 1)) == 0) {
-      memory_.give(pool.slabs.back(), slab_bytes(pool));
-      pool.slabs.pop_back();
+      memory_.give(pool.slabs[--pool.slab_count], slab_bytes(pool));
     }
     return last == address ? kAbsent : last;
   }
@@ -117,16 +112,6 @@ class Pools {
     return static_cast<uint32_t>(uint64_t{static_cast<uint32_t>(width - 1)} << position_bits_) | position;
   }
 
-  int64_t slab_bytes_taken() const {
-    int64_t bytes = 0;
-    for (const Pool& pool : pools_) bytes += static_cast<int64_t>(pool.slabs.size() * Memory::rounded(slab_bytes(pool)));
-    return bytes;
-  }
-  int64_t directory_bytes() const {
-    int64_t bytes = 0;
-    for (const Pool& pool : pools_) bytes += static_cast<int64_t>(pool.slabs.capacity() * sizeof(std::byte*));
-    return bytes;
-  }
   // Bytes of partly filled slabs at worst: one for each width, and one more while a row moves between pools.
   static int64_t partial_slab_bytes(const RowLayout& layout, int slab_rows_log2) {
     const auto slab = [&](int width) { return static_cast<int64_t>(Memory::rounded((size_t{1} << slab_rows_log2) * layout.stride(width))); };
@@ -134,26 +119,40 @@ class Pools {
     for (int width = 1; width <= layout.chunks; ++width) bytes += slab(width);
     return bytes;
   }
-  // Slab pointers a pool of this width may ever need within `bytes`.
-  static size_t most_slabs(const RowLayout& layout, int slab_rows_log2, int width, int64_t bytes) {
-    return static_cast<size_t>(bytes) / ((size_t{1} << slab_rows_log2) * layout.stride(width)) + 2;
+  // Bytes of slab pointers at most while rows take no more than `bytes`, one directory's growing included.
+  static int64_t directory_bytes(const RowLayout& layout, int slab_rows_log2, int64_t bytes) {
+    const int64_t slabs = bytes / ((int64_t{1} << slab_rows_log2) * layout.stride(1)) + 1;
+    return slabs * static_cast<int64_t>(sizeof(std::byte*)) * 17 / 8 + layout.chunks * 2 * 64;
   }
   const RowLayout& layout() const { return layout_; }
 
  private:
   struct Pool {
-    std::vector<std::byte*> slabs;
+    std::byte** slabs = nullptr;
+    uint32_t slab_count = 0;
+    uint32_t slab_room = 0;
     uint32_t count = 0;
     int stride = 0;
   };
   uint32_t position_mask() const { return static_cast<uint32_t>((uint64_t{1} << position_bits_) - 1); }
+  // Room for one more slab pointer; the directory grows by an eighth.
+  bool make_room(Pool& pool) {
+    if (pool.slab_count < pool.slab_room) return true;
+    const uint32_t room = (pool.slab_room + pool.slab_room / 8 + 8) & ~7u;
+    auto* fresh = static_cast<std::byte**>(memory_.take(room * sizeof(std::byte*)));
+    if (fresh == nullptr) return false;
+    std::copy_n(pool.slabs, pool.slab_count, fresh);
+    memory_.give(pool.slabs, pool.slab_room * sizeof(std::byte*));
+    pool.slabs = fresh;
+    pool.slab_room = room;
+    return true;
+  }
   size_t slab_bytes(const Pool& pool) const { return (size_t{1} << slab_log2_) * pool.stride; }
 
   Memory& memory_;
   RowLayout layout_;
   int slab_log2_;
   int position_bits_;
-  bool bounded_;
   std::vector<Pool> pools_;
 };
 

@@ -15,15 +15,6 @@ constexpr int kBlock = 32;             // keys probed together, so that their ca
 constexpr int kLowerAt = 16;           // octaves of decay after which all importances are scaled down
 constexpr uint64_t kAllKeys = 1ull << 32;
 
-int64_t directory_bytes(const ShardConfig& config) {
-  if (config.limit_bytes == 0) return 0;
-  int64_t bytes = 0;
-  for (int width = 1; width <= config.chunks; ++width) {
-    bytes += 8 * static_cast<int64_t>(Pools::most_slabs(config.layout(), config.slab_rows_log2(), width, config.limit_bytes * 2));
-  }
-  return bytes;
-}
-
 int64_t counter_bytes(const ShardConfig& config) {
   return static_cast<int64_t>(sizeof(DistinctCounter)) + int64_t{8} * config.tables * config.chunks;
 }
@@ -37,7 +28,7 @@ class ShardOf final : public Shard {
       : Shard(config),
         layout_(config.layout()),
         index_(memory_, config.partitions_log2()),
-        pools_(memory_, layout_, config.slab_rows_log2(), config.limit_bytes * 2),
+        pools_(memory_, layout_, config.slab_rows_log2()),
         cells_(static_cast<uint32_t*>(memory_.take(sketch_bytes(config)))),
         sketch_(cells_, config.first_bucket, config.sketch_sets),
         rows_by_(static_cast<size_t>(config.tables) * config.chunks, 0) {
@@ -274,7 +265,7 @@ class ShardOf final : public Shard {
 
   // Small fixed parts that do not come from memory_.
   int64_t uncounted_bytes() const {
-    return Index::directory_bytes(config_.partitions_log2()) + pools_.directory_bytes() + counter_bytes(config_);
+    return Index::directory_bytes(config_.partitions_log2()) + counter_bytes(config_);
   }
 
   bool is_row(uint32_t address, uint64_t key, uint16_t table) const {
@@ -499,13 +490,13 @@ int ShardConfig::partitions_log2() const {
 }
 
 int ShardConfig::slab_rows_log2() const {
-  int log2 = 4;
+  int log2 = 5;
   while (log2 < 12 && (!limit_bytes || (int64_t{2} << log2) * layout().stride(chunks) <= limit_bytes / 1024)) ++log2;
   return log2;
 }
 
 int64_t ShardConfig::fixed_bytes() const {
-  return Index::fixed_bytes(partitions_log2()) + Pools::partial_slab_bytes(layout(), slab_rows_log2()) + directory_bytes(*this) +
+  return Index::fixed_bytes(partitions_log2()) + Pools::partial_slab_bytes(layout(), slab_rows_log2()) + Pools::directory_bytes(layout(), slab_rows_log2(), limit_bytes) +
          static_cast<int64_t>(Memory::rounded(sketch_bytes(*this))) + counter_bytes(*this);
 }
 

@@ -1,0 +1,153 @@
+"""What a shard is made of, in numbers: configuration, byte plan and the virtual buckets it owns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fiited_ray.config import Config, ConfigError
+
+BUCKETS = 1024
+_SET_BYTES = 64  # one set of the sketch
+_STORAGE = ("float32", "bfloat16", "float16")
+_OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+_IMPORTANCE = ("frequency_x_norm", "norm", "lookup_norm_sum", "frequency")
+
+
+def bucket_range(rank: int, workers: int) -> tuple[int, int]:
+    """Virtual buckets [first, end) of a worker: contiguous, and as even as 1024 buckets can be dealt."""
+    return -(-rank * BUCKETS // workers), -(-(rank + 1) * BUCKETS // workers)
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """One shard's configuration. `limit_bytes` is what it may take now, None for no limit; the rest never changes."""
+
+    seed: int
+    chunk: int
+    chunks: int
+    storage: str
+    optimizer: str
+    importance: str
+    tables: int
+    first_bucket: int
+    end_bucket: int
+    sketch_sets: int  # per virtual bucket
+    limit_bytes: int | None
+    eps: float
+    betas: tuple[float, float]
+    init_scale: float
+    restore_scale: float
+    decay: float
+    levels: tuple[float, ...]
+
+    @staticmethod
+    def of(config: Config, budget_bytes: int | None, rank: int = 0, workers: int = 1) -> ShardSpec:
+        """The shard of worker `rank`; all shards together start with `budget_bytes`, split by their number of buckets."""
+        first, end = bucket_range(rank, workers)
+        embedding, policy = config.embedding, config.policy
+        sets = 1 if budget_bytes is None else max(1, round(budget_bytes * policy.sketch_share / (BUCKETS * _SET_BYTES)))
+        limit = None if budget_bytes is None else budget_bytes * (end - first) // BUCKETS
+        if policy.max_shard_bytes is not None:
+            limit = policy.max_shard_bytes if limit is None else min(limit, policy.max_shard_bytes)
+        chunks = embedding.dim // embedding.chunk
+        return ShardSpec(
+            seed=config.seed,
+            chunk=embedding.chunk,
+            chunks=chunks,
+            storage=embedding.dtype,
+            optimizer=embedding.optimizer,
+            importance=policy.importance,
+            tables=len(config.data.tables),
+            first_bucket=first,
+            end_bucket=end,
+            sketch_sets=sets,
+            limit_bytes=limit,
+            eps=embedding.eps,
+            betas=embedding.betas,
+            init_scale=embedding.init_scale,
+            restore_scale=embedding.restore_scale,
+            decay=policy.decay,
+            levels=tuple(policy.alpha**chunk for chunk in range(chunks)),
+        )
+
+    @property
+    def dim(self) -> int:
+        return self.chunk * self.chunks
+
+    @property
+    def value_bytes(self) -> int:
+        return 4 if self.storage == "float32" else 2
+
+    def state_bytes(self, width: int) -> int:
+        """Optimizer state of a row with `width` chunks."""
+        values = width * self.chunk
+        return {"sgd": 0, "adagrad": 4 * values, "rowwise_adagrad": 4, "adam": 8 * values}[self.optimizer]
+
+    @property
+    def dense_row_bytes(self) -> int:
+        """Bytes of one row of an ordinary full-width table in float32, optimizer state included."""
+        return 4 * self.dim + self.state_bytes(self.chunks)
+
+    def plan(self) -> tuple[int, tuple[int, ...]]:
+        """(bytes the shard needs with no row, bytes of a row by width 0..k), as the planner counts them.
+
+        The bytes really taken never pass the fixed ones plus those of the rows.
+        """
+        import torch
+
+        from fiited_ray.store import _extension
+
+        _extension.load()
+        fixed, *row_bytes = torch.ops.fiited.store_plan(*self.numbers()).tolist()
+        return fixed, (0, *row_bytes)
+
+    def numbers(self) -> tuple[list[int], list[float]]:
+        """The form in which the extension takes it."""
+        signed_seed = (self.seed + 2**63) % 2**64 - 2**63
+        ints = [
+            signed_seed,
+            self.chunk,
+            self.chunks,
+            _STORAGE.index(self.storage),
+            _OPTIMIZERS.index(self.optimizer),
+            _IMPORTANCE.index(self.importance),
+            self.tables,
+            self.first_bucket,
+            self.end_bucket,
+            self.sketch_sets,
+            self.limit_bytes or 0,
+        ]
+        floats = [self.eps, *self.betas, self.init_scale, self.restore_scale, self.decay, *self.levels]
+        return ints, floats
+
+
+def check_budget(config: Config, budget_bytes: int | None) -> None:
+    """Refuse a budget that does not even hold the fixed parts and one full row per shard, and name the smallest that does.
+
+    Raises:
+        ConfigError: with the smallest possible budget.
+    """
+    if budget_bytes is None:
+        return
+
+    def fits(budget: int) -> bool:
+        for rank in range(config.train.workers):
+            spec = ShardSpec.of(config, budget, rank, config.train.workers)
+            fixed, row_bytes = spec.plan()
+            if (spec.limit_bytes or 0) < fixed + row_bytes[-1]:
+                return False
+        return True
+
+    if fits(budget_bytes):
+        return
+    low, high = budget_bytes, max(2 * budget_bytes, 1 << 20)
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > 1 << 60:
+            raise ConfigError("policy.max_shard_bytes is below what a shard needs with no row in it; raise it")
+    while high - low > 1024:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    raise ConfigError(
+        f"budget: {budget_bytes} bytes are too few for {config.train.workers} shard(s); the smallest possible budget here is {high} bytes"
+    )

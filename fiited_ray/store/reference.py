@@ -1,0 +1,277 @@
+"""The store as plain Python: one dictionary of rows. Slow, easy to read, and the oracle the compiled store is tested against.
+
+It follows the same rules to the same numbers (widths, importance and admissions exactly, values to rounding), in float32 storage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fiited_ray.store.layout import ShardSpec
+from fiited_ray.store.shard import ALL_KEYS, Lookup, Rows
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_LOWER_AT = 16  # octaves
+F32 = np.float32
+
+
+def mix64(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def key_of(raw_id: int, table: int, seed: int) -> int:
+    """Virtual key of an id as an unsigned 64-bit number."""
+    before = mix64((seed + _GOLDEN * (2 * table + 1)) & _MASK)
+    between = mix64((before + _GOLDEN) & _MASK)
+    return mix64((mix64((raw_id & _MASK) ^ before) + between) & _MASK)
+
+
+def initial_values(key: int, table: int, first: int, end: int, scale: float) -> np.ndarray:
+    """float32 [end - first]: what dimensions first..end of a new row start from."""
+    out = np.empty(end - first, F32)
+    for dim in range(first, end):
+        word = mix64(((key ^ (table << 32)) + _GOLDEN * ((dim >> 1) + 1)) & _MASK)
+        half = (word >> 32 if dim & 1 else word) & 0xFFFFFFFF
+        out[dim - first] = (F32(half >> 8) * F32(2.0**-23) - F32(1)) * F32(scale)
+    return out
+
+
+def importance_bin(importance: float) -> int:
+    bits = int(np.array(importance, F32).view(np.uint32))
+    return min(max((bits >> 18) - ((127 - 44) << 5), 0), 2047)
+
+
+@dataclass
+class _Row:
+    width: int
+    importance: np.float32  # scaled
+    vector: np.ndarray  # float32 [width * c]
+    state: np.ndarray  # float32, moments by width
+
+
+@dataclass
+class _Sketch:
+    """Sixteen (tag, value) entries a set; values keep 12 bits of mantissa."""
+
+    sets_per_bucket: int
+    sets: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+
+    def _set(self, key: int) -> list[tuple[int, int]]:
+        number = ((key & 0xFFFFFFFF) * self.sets_per_bucket) >> 32
+        return self.sets.setdefault((key >> 54, number), [(0, 0)] * 16)
+
+    @staticmethod
+    def _pack(value: np.float32) -> int:
+        return int(np.array(value, F32).view(np.uint32)) >> 11
+
+    @staticmethod
+    def _value(packed: int) -> np.float32:
+        return F32(np.array(packed << 11, np.uint32).view(F32))
+
+    def add(self, key: int, weight: np.float32) -> np.float32:
+        entries, tag = self._set(key), (key >> 32) & 0xFFF
+        for at, (other, packed) in enumerate(entries):
+            if other == tag and packed:
+                total = F32(self._value(packed) + weight)
+                entries[at] = (tag, self._pack(total))
+                return total
+        smallest = min(range(16), key=lambda at: entries[at][1])
+        least = self._value(entries[smallest][1])
+        if weight >= least:
+            entries[smallest] = (tag, self._pack(weight))
+        else:
+            entries[smallest] = (entries[smallest][0], self._pack(F32(least - weight)))
+        return weight
+
+    def forget(self, key: int) -> None:
+        entries, tag = self._set(key), (key >> 32) & 0xFFF
+        entries[:] = [(0, 0) if other == tag else (other, packed) for other, packed in entries]
+
+    def lower(self, octaves: int) -> None:
+        step = octaves << 12  # the exponent's lowest bit
+        for entries in self.sets.values():
+            entries[:] = [(tag, packed - step) if packed >= step + (1 << 12) else (0, 0) for tag, packed in entries]
+
+
+class ReferenceShard:
+    """Twin of `VhpiShard`: same arguments, same answers."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self.spec = spec
+        self.threshold = 0.0
+        self.rows: dict[tuple[int, int], _Row] = {}
+        self.sketch = _Sketch(spec.sketch_sets)
+        self.fixed, self.row_bytes = spec.plan()
+        self.planned = self.fixed
+        self.limit = spec.limit_bytes
+        self.lookups = self.hits = self.admitted = self.refused = self.resized = self.evicted = 0
+        self._scale = F32(1)
+        self._lowered = 0
+
+    def lookup(
+        self, keys: Tensor, tables: Tensor, counts: Tensor, *, training: bool, step: int = 0, quota: int = ALL_KEYS, with_values: bool = True
+    ) -> Lookup:
+        widths, vectors = [], []
+        for key, table, count in self._ids(keys, tables, counts):
+            row = self.rows.get((key, table))
+            if training:
+                self.lookups += count
+                self.hits += count if row else 0
+                if row is None and self.threshold == 0 and (mix64((key + _GOLDEN * step) & _MASK) >> 32) < quota:
+                    row = self._admit(key, table, self.spec.chunks, F32(0))
+            widths.append(row.width if row else 0)
+            if row and with_values:
+                vectors.append(row.vector)
+        values = np.concatenate(vectors) if vectors else np.empty(0, F32)
+        return Lookup(
+            keys, tables, counts, torch.empty(len(widths), dtype=torch.int32), torch.tensor(widths, dtype=torch.uint8), torch.from_numpy(values.copy())
+        )
+
+    def update(self, found: Lookup, gradients: Tensor, lookup_norms: Tensor | None, lr: float, step: int) -> None:
+        self._advance(step)
+        flat, at = gradients.numpy(), 0
+        for number, (key, table, count) in enumerate(self._ids(found.keys, found.tables, found.counts)):
+            width = int(found.widths[number])
+            live = width * self.spec.chunk
+            size = min(width + 1, self.spec.chunks) * self.spec.chunk
+            gradient = flat[at : at + size]
+            at += size
+            norm = F32(np.sqrt(np.sum(gradient.astype(np.float64) ** 2)))
+            gain = {
+                "frequency_x_norm": F32(count) * norm,
+                "norm": norm,
+                "lookup_norm_sum": F32(0) if lookup_norms is None else F32(lookup_norms[number]),
+                "frequency": F32(count),
+            }[self.spec.importance] * self._scale
+            row = self.rows.get((key, table))
+            if row is not None:
+                row.importance = F32(row.importance + gain)
+                self._learn(row, gradient[:live], lr, step)
+            else:
+                self._win_row(key, table, F32(gain))
+
+    def histogram(self) -> Tensor:
+        out = torch.zeros(2, 2048, dtype=torch.int64)
+        for row in self.rows.values():
+            place = importance_bin(row.importance / self._scale)
+            out[0, place] += 1
+            out[1, place] += self.row_bytes[row.width]
+        return out
+
+    def resize(self, threshold: float) -> None:
+        self.threshold = threshold
+        for (key, table), row in list(self.rows.items()):
+            wanted = self._width(row.importance)
+            if wanted == 0:
+                self.sketch.add(key, row.importance)
+                del self.rows[key, table]
+                self.planned -= self.row_bytes[row.width]
+                self.evicted += 1
+            elif wanted < row.width:
+                self._reshape(key, table, row, wanted)
+        for (key, table), row in self.rows.items():
+            if (wanted := self._width(row.importance)) > row.width:
+                self._reshape(key, table, row, wanted)
+
+    def rows_by_width(self) -> Tensor:
+        out = torch.zeros(self.spec.tables, self.spec.chunks, dtype=torch.int64)
+        for (_, table), row in self.rows.items():
+            out[table, row.width - 1] += 1
+        return out
+
+    def true_importance(self, key: int, table: int) -> float:
+        return float(self.rows[key, table].importance / self._scale)
+
+    @staticmethod
+    def _ids(keys: Tensor, tables: Tensor, counts: Tensor) -> list[tuple[int, int, int]]:
+        return [(key & _MASK, table, count) for key, table, count in zip(keys.tolist(), tables.tolist(), counts.tolist(), strict=True)]
+
+    def _width(self, scaled: np.float32) -> int:
+        if self.threshold == 0:
+            return self.spec.chunks
+        importance = F32(scaled * (F32(1) / self._scale))
+        return sum(bool(importance > F32(self.threshold * level)) for level in self.spec.levels)
+
+    def _admit(self, key: int, table: int, width: int, scaled: np.float32) -> _Row | None:
+        if self.limit is not None and self.planned + self.row_bytes[width] > self.limit:
+            self.refused += 1
+            return None
+        vector = initial_values(key, table, 0, width * self.spec.chunk, self.spec.init_scale)
+        row = _Row(width, scaled, vector, np.zeros(self.spec.state_bytes(width) // 4, F32))
+        self.rows[key, table] = row
+        self.planned += self.row_bytes[width]
+        self.admitted += 1
+        return row
+
+    def _win_row(self, key: int, table: int, gain: np.float32) -> None:
+        estimate = self.sketch.add(key, gain)
+        if self.threshold == 0:
+            return
+        width = self._width(estimate)
+        if width > 0 and self._admit(key, table, width, estimate) is not None:
+            self.sketch.forget(key)
+
+    def _reshape(self, key: int, table: int, row: _Row, width: int) -> None:
+        if self.limit is not None and self.planned - self.row_bytes[row.width] + self.row_bytes[width] > self.limit:
+            self.refused += 1
+            return
+        kept, size = min(row.width, width) * self.spec.chunk, width * self.spec.chunk
+        fresh = initial_values(key, table, kept, size, self.spec.restore_scale)
+        row.vector = np.concatenate([row.vector[:kept], fresh])
+        moments = {"sgd": 0, "rowwise_adagrad": 0, "adagrad": 1, "adam": 2}[self.spec.optimizer]
+        if moments:
+            old = row.state.reshape(moments, -1)
+            row.state = np.concatenate([np.concatenate([each[:kept], np.zeros(size - kept, F32)]) for each in old])
+        self.planned += self.row_bytes[width] - self.row_bytes[row.width]
+        row.width = width
+        self.resized += 1
+
+    def _learn(self, row: _Row, g: np.ndarray, lr: float, step: int) -> None:
+        eps = F32(self.spec.eps)
+        if self.spec.optimizer == "sgd":
+            row.vector = row.vector - F32(lr) * g
+        elif self.spec.optimizer == "rowwise_adagrad":
+            row.state[0] += F32(np.mean(g.astype(np.float64) ** 2))
+            row.vector = row.vector - F32(lr) / (np.sqrt(row.state[0]) + eps) * g
+        elif self.spec.optimizer == "adagrad":
+            row.state += g * g
+            row.vector = row.vector - F32(lr) * g / (np.sqrt(row.state) + eps)
+        else:
+            beta1, beta2 = self.spec.betas
+            m, s = row.state[: g.size], row.state[g.size :]
+            m += F32(1 - beta1) * (g - m)
+            s += F32(1 - beta2) * (g * g - s)
+            row.vector = row.vector - F32(lr) * (m / F32(1 - beta1**step)) / (np.sqrt(s / F32(1 - beta2**step)) + eps)
+
+    def _advance(self, step: int) -> None:
+        octaves = step * -math.log2(self.spec.decay) - self._lowered
+        if octaves > _LOWER_AT:
+            by = int(octaves)
+            for row in self.rows.values():
+                row.importance = F32(row.importance * F32(2.0**-by))
+            self.sketch.lower(by)
+            self._lowered += by
+            octaves -= by
+        self._scale = F32(2.0**octaves)
+
+    def export_rows(self) -> Rows:
+        """Rows ordered by key, as `VhpiShard.export_rows` gives them, with keys (not raw ids) in `raw_ids`."""
+        ordered = sorted(self.rows.items())
+        signed = [key - 2**64 if key >= 2**63 else key for (key, _), _ in ordered]
+        join = lambda parts: torch.from_numpy(np.concatenate([np.empty(0, F32), *parts]))  # noqa: E731
+        return Rows(
+            torch.tensor(signed, dtype=torch.int64),
+            torch.tensor([table for (_, table), _ in ordered], dtype=torch.int32),
+            torch.tensor([row.width for _, row in ordered], dtype=torch.uint8),
+            torch.tensor([float(row.importance / self._scale) for _, row in ordered]),
+            join([row.vector for _, row in ordered]),
+            join([row.state for _, row in ordered]),
+        )

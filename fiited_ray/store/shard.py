@@ -1,0 +1,167 @@
+"""`VhpiShard`: the Python face of one worker's store in the compiled extension.
+
+Shapes: N lookups, U distinct keys, k chunks of c dimensions, D = k * c.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fiited_ray.store import _extension
+from fiited_ray.store.layout import ShardSpec
+
+ALL_KEYS = 1 << 32  # a quota of this many of 2**32 admits every key
+
+
+def backends() -> tuple[str, ...]:
+    """Devices the compiled store runs on here; empty when it was not built."""
+    try:
+        _extension.load()
+    except ImportError:
+        return ()
+    return ("cpu",)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What a shard answers to U distinct keys."""
+
+    keys: Tensor  # int64 [U]
+    tables: Tensor  # int32 [U]
+    counts: Tensor  # int32 [U]: lookups of the key in the global batch
+    addresses: Tensor  # int32 [U]: valid until the next resize
+    widths: Tensor  # uint8 [U]: chunks the row has now, 0 when there is none
+    values: Tensor  # float32 [sum of widths * c]: the vectors one behind the other
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """Bytes by part (their sum is `total`, and all that is allocated), rows and counters of one shard."""
+
+    payload: int  # vectors
+    optimizer: int  # optimizer state
+    index: int  # hash table and row headers: key, importance, table
+    sketch: int  # importance of absent ids, distinct counter
+    slack: int  # free space in slabs, allocation rounding, slab pointers
+    total: int
+    planned: int  # upper bound of total that follows from the rows alone
+    fixed: int  # planned bytes with no row
+    limit: int  # 0: none
+    peak: int  # largest total since the last call of stats()
+    rows: int
+    distinct: int  # ids met so far (HyperLogLog, about 1.6 % error)
+    lookups: int  # while training, counted with repeats
+    hits: int  # of these, how many found a row
+    admitted: int  # this and the following: since reset_round_counters()
+    refused: int
+    resized: int
+    evicted: int
+    admitted_bytes: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows outside the store. R rows, one behind the other in `values` and `state`, ordered by key."""
+
+    raw_ids: Tensor  # int64 [R]
+    tables: Tensor  # int32 [R]
+    widths: Tensor  # uint8 [R]
+    importance: Tensor  # float32 [R]
+    values: Tensor  # float32 [sum of widths * c]
+    state: Tensor  # float32: optimizer state, as many values per row as its width needs
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+class VhpiShard:
+    """One worker's store on the CPU.
+
+    Args:
+        spec: configuration; its buckets say which keys belong here.
+
+    Raises:
+        RuntimeError: when the byte limit does not hold the fixed parts.
+    """
+
+    def __init__(self, spec: ShardSpec) -> None:
+        _extension.load()
+        self.spec = spec
+        self.threshold = 0.0
+        self._ops = torch.ops.fiited
+        self._handle: int = self._ops.store_create(*spec.numbers())
+        weakref.finalize(self, self._ops.store_destroy, self._handle)
+
+    def lookup(
+        self, keys: Tensor, tables: Tensor, counts: Tensor, *, training: bool, step: int = 0, quota: int = ALL_KEYS, with_values: bool = True
+    ) -> Lookup:
+        """Read the rows of U distinct keys; absent ones read as width 0.
+
+        While training at threshold 0, absent keys get a row of full width as long as there is room; of those only a share of
+        quota / 2**32, chosen by hash, is let in.
+
+        Args:
+            keys: int64 [U]; tables: int32 [U]; counts: int32 [U], lookups of each key in the global batch.
+        """
+        answer = self._ops.store_lookup(self._handle, keys, tables, counts, training, step, quota, with_values)
+        return Lookup(keys, tables, counts, *answer)
+
+    def update(self, found: Lookup, gradients: Tensor, lookup_norms: Tensor | None, lr: float, step: int) -> None:
+        """Add importance and take an optimizer step.
+
+        Args:
+            gradients: float32, in the order of the keys, each width * c values and, where width < k, c more: the missing
+                chunks folded into one.
+            lookup_norms: float32 [U] sum of the lookups' gradient norms; needed by importance `lookup_norm_sum` only.
+
+        Raises:
+            RuntimeError: for a gradient that is not finite (naming table and id), or rows resized since their lookup.
+        """
+        self._ops.store_update(
+            self._handle, found.keys, found.tables, found.addresses, found.widths, found.counts, gradients, lookup_norms, lr, step
+        )
+
+    def histogram(self) -> Tensor:
+        """int64 [2, 2048]: rows, and their planned bytes, by importance bin."""
+        return self._ops.store_histogram(self._handle)
+
+    def resize(self, threshold: float) -> None:
+        """Give every row the width its importance earns: shrink and evict first, then grow."""
+        self._ops.store_resize(self._handle, threshold)
+        self.threshold = threshold
+
+    def set_limit(self, limit_bytes: int | None) -> None:
+        self._ops.store_set_limit(self._handle, limit_bytes or 0)
+
+    def stats(self) -> ShardStats:
+        return ShardStats(*self._ops.store_stats(self._handle).tolist())
+
+    def rows_by_width(self) -> Tensor:
+        """int64 [tables, k]: rows of width 1..k."""
+        return self._ops.store_rows_by_width(self._handle)
+
+    def reset_round_counters(self) -> None:
+        self._ops.store_reset_round_counters(self._handle)
+
+    def export_rows(self, first_bucket: int = 0, end_bucket: int = 1024) -> Rows:
+        return Rows(*self._ops.store_export(self._handle, first_bucket, end_bucket))
+
+    def import_rows(self, rows: Rows) -> None:
+        """Add rows that are not in the store yet.
+
+        Raises:
+            RuntimeError: naming the row that is foreign, doubled, malformed or does not fit.
+        """
+        self._ops.store_import(self._handle, *rows.tensors().values())
+
+    def check(self) -> None:
+        """Verify every invariant of the store; for tests and debugging, slow.
+
+        Raises:
+            RuntimeError: naming the invariant that does not hold.
+        """
+        self._ops.store_check(self._handle)
