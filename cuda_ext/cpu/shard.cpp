@@ -491,13 +491,15 @@ int ShardConfig::partitions_log2() const {
 
 int ShardConfig::slab_rows_log2() const {
   int log2 = 5;
-  while (log2 < 12 && (!limit_bytes || (int64_t{2} << log2) * layout().stride(chunks) <= limit_bytes / 1024)) ++log2;
+  while (log2 < 12 && (!limit_bytes || (int64_t{2} << log2) * layout().stride(chunks) <= limit_bytes / 512)) ++log2;
   return log2;
 }
 
 int64_t ShardConfig::fixed_bytes() const {
-  return Index::fixed_bytes(partitions_log2()) + Pools::partial_slab_bytes(layout(), slab_rows_log2()) + Pools::directory_bytes(layout(), slab_rows_log2(), limit_bytes) +
-         static_cast<int64_t>(Memory::rounded(sketch_bytes(*this))) + counter_bytes(*this);
+  const int64_t structure = Index::fixed_bytes(partitions_log2()) + Pools::partial_slab_bytes(layout(), slab_rows_log2()) +
+                            Pools::directory_bytes(layout(), slab_rows_log2(), limit_bytes) + counter_bytes(*this);
+  // A share of the limit, not what this shard's structure happens to need: the sum over shards is then the same for any number of them.
+  return std::max(structure, limit_bytes / 64) + static_cast<int64_t>(Memory::rounded(sketch_bytes(*this)));
 }
 
 std::shared_ptr<Shard> Shard::make(const ShardConfig& config) {

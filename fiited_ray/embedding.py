@@ -1,0 +1,199 @@
+"""`ShardedEmbedding`: ids in, pooled vectors out, over stores that many workers own.
+
+    ids -> dedup -> all-to-all -> dedup again, counts summed -> store lookup
+    vectors <- pad and pool <- all-to-all, ragged at live width <-'
+    gradient of the vectors -> live dimensions and a folded rest -> all-to-all -> summed -> fused update
+
+Shapes: B rows, F features, N lookups, U distinct keys here, M keys asked of this worker, D dimensions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fiited_ray.data.batch import Batch
+from fiited_ray.exchange import Exchange, splits
+from fiited_ray.store import ops
+from fiited_ray.store.shard import ALL_KEYS, Lookup, VhpiShard
+
+
+@dataclass
+class PhaseTimes:
+    """Seconds by phase since the last reset."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What all workers together know at the start of a step."""
+
+    rows: int  # of the global batch
+    lookups: int
+    planned_bytes: int
+    limit_bytes: int  # 0: none
+    refused: int  # admissions refused for want of room since the last round
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """One lookup's way, kept for its backward."""
+
+    found: Lookup  # of the M' distinct keys this worker owns
+    owner_inverse: Tensor | None  # int32 [M]; None where there is one worker and nothing to merge
+    widths: Tensor  # uint8 [U]
+    bags: ops.Bags
+    send: list[int]
+    receive: list[int]
+
+
+class ShardedEmbedding(nn.Module):
+    """All embedding tables of a model.
+
+    In training mode a backward pass updates the store: there is no optimizer step to call. Gradients of several workers are
+    averaged, as DistributedDataParallel does with dense ones.
+
+    Args:
+        shard: this worker's part of the store.
+        exchange: the way to the other workers.
+        feature_tables: table number of each of the F features.
+        lr: learning rate of the fused optimizer.
+        mean: pool bags by their mean, not their sum.
+    """
+
+    def __init__(
+        self, shard: VhpiShard, exchange: Exchange, feature_tables: tuple[int, ...], lr: float, mean: bool, times: PhaseTimes | None = None
+    ) -> None:
+        super().__init__()
+        self.shard = shard
+        self.exchange = exchange
+        self.lr = lr
+        self.mean = mean
+        self.times = times or PhaseTimes()
+        self.step = 0  # training batches seen
+        self.totals: StepTotals | None = None  # of the last training batch
+        self.crowded = False  # rows were turned away for want of room, at this step or since the last round
+        self._full_row_bytes = shard.spec.plan()[1][-1]
+        self._anchor = torch.zeros((), requires_grad=True)  # gives autograd a reason to call the backward
+        self.register_buffer("_feature_tables", torch.tensor(feature_tables, dtype=torch.int32), persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Vectors float32 [B, F, D]; ids without a row read as zeros. All workers must call this together."""
+        pooled, routed = self._read(batch)
+        if not self.training:
+            return pooled
+        return cast(Tensor, _Update.apply(pooled, self._anchor, self, routed))
+
+    def _read(self, batch: Batch) -> tuple[Tensor, _Routed]:
+        feature_tables = cast(Tensor, self._feature_tables)
+        features = len(feature_tables)
+        rows = (batch.offsets.numel() - 1) // features
+        with self.times.phase("route"):
+            ends = batch.offsets[rows::rows] if rows else torch.zeros(features, dtype=torch.int64)
+            local = ops.dedup_ids(batch.ids, ends.contiguous(), feature_tables, self.shard.spec.seed, self.exchange.workers)
+            send = local.splits.tolist()
+            receive, totals = self._greet(send, rows, batch.ids.numel())
+            keys, tables, counts, owner_inverse = self._ask(local, send, receive)
+        with self.times.phase("gather"):
+            if self.training:
+                self.step += 1
+                self.totals = totals
+            quota = self._quota(totals) if self.training else 0
+            found = self.shard.lookup(keys, tables, counts, training=self.training, step=self.step, quota=quota)
+            widths, values = self._answer(found, owner_inverse, send, receive)
+            spec = self.shard.spec
+            bags = ops.Bags(local.inverse, batch.offsets, batch.weights, features, self.mean, spec.chunk, spec.chunks)
+            pooled = ops.pool(values, widths, bags)
+        return pooled, _Routed(found, owner_inverse, widths, bags, send, receive)
+
+    def _greet(self, send: list[int], rows: int, lookups: int) -> tuple[list[int], StepTotals]:
+        """Tell every worker how many keys it will be asked for, and share the totals."""
+        stats = self.shard.stats()
+        mine = [rows, lookups, stats.planned, stats.limit, stats.refused]
+        table = torch.tensor([[count, *mine] for count in send])
+        ones = [1] * self.exchange.workers
+        told = self.exchange.all_to_all(table, ones, ones)
+        return told[:, 0].tolist(), StepTotals(*told[:, 1:].sum(0).tolist())
+
+    def _ask(self, local: ops.Deduped, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if self.exchange.workers == 1:
+            return local.keys, local.tables, local.counts, None
+        wanted = torch.stack([local.keys, (local.tables.long() << 32) | local.counts.long()], 1)
+        asked = self.exchange.all_to_all(wanted, send, receive)
+        return ops.dedup_keys(asked[:, 0].contiguous(), (asked[:, 1] >> 32).int(), asked[:, 1].int())
+
+    def _quota(self, totals: StepTotals) -> int:
+        """Share of the absent keys, of 2**32, that may get a row at this step without passing the budget.
+
+        It follows from totals alone, so that the rows let in do not depend on the number of workers.
+        """
+        self.crowded = totals.refused > 0
+        if totals.limit_bytes == 0:
+            return ALL_KEYS
+        room = max(0, totals.limit_bytes - totals.planned_bytes)
+        quota = min(ALL_KEYS, room * ALL_KEYS // max(1, totals.lookups * self._full_row_bytes))
+        if self.shard.threshold == 0 and quota < ALL_KEYS:
+            self.crowded = True
+        return quota
+
+    def _answer(self, found: Lookup, owner_inverse: Tensor | None, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor]:
+        """Send the rows asked for, at their width; returns what came for the U keys: widths [U], values."""
+        if owner_inverse is None:
+            return found.widths, found.values
+        chunk = self.shard.spec.chunk
+        asked_widths = found.widths[owner_inverse]
+        values = ops.ops().take_rows(found.values, found.widths, owner_inverse, chunk)
+        widths = self.exchange.all_to_all(asked_widths, receive, send)
+        value_send = splits(asked_widths.long() * chunk, receive)
+        value_receive = splits(widths.long() * chunk, send)
+        return widths, self.exchange.all_to_all(values, value_send, value_receive)
+
+    def _learn(self, grad_pooled: Tensor, routed: _Routed) -> None:
+        """Take the gradient of the pooled vectors [B, F, D] to the rows' owners, who update."""
+        spec = self.shard.spec
+        with self.times.phase("route"):
+            grad_pooled = grad_pooled.contiguous()
+            if self.exchange.workers > 1:
+                grad_pooled = grad_pooled / self.exchange.workers
+            gradients = ops.wire_gradients(grad_pooled, routed.widths, routed.bags)
+            norms = ops.lookup_norms(grad_pooled, routed.widths.numel(), routed.bags) if spec.importance == "lookup_norm_sum" else None
+            if routed.owner_inverse is not None:
+                asked_widths = routed.found.widths[routed.owner_inverse]
+                send = splits(ops.gradient_sizes(routed.widths, spec.chunk, spec.chunks), routed.send)
+                receive = splits(ops.gradient_sizes(asked_widths, spec.chunk, spec.chunks), routed.receive)
+                arrived = self.exchange.all_to_all(gradients, send, receive)
+                gradients = ops.ops().sum_gradients(arrived, routed.owner_inverse, routed.found.widths, spec.chunk, spec.chunks)
+                if norms is not None:
+                    arrived = self.exchange.all_to_all(norms, routed.send, routed.receive)
+                    norms = torch.zeros(routed.found.widths.numel()).index_add_(0, routed.owner_inverse, arrived)
+        with self.times.phase("update"):
+            self.shard.update(routed.found, gradients, norms, self.lr, self.step)
+
+
+class _Update(torch.autograd.Function):
+    """Passes the pooled vectors on, and hands their gradient to the store."""
+
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, anchor: Tensor, module: ShardedEmbedding, routed: _Routed) -> Tensor:
+        ctx.module, ctx.routed = module, routed
+        return pooled.view_as(pooled)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        ctx.module._learn(grads[0], ctx.routed)
+        return None, None, None, None

@@ -1,0 +1,77 @@
+"""What workers tell each other in a step: all-to-all of rows of tensors, over a process group or, for one worker, over nothing."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Exchange(Protocol):
+    """The collective operations an embedding needs. Every worker calls each of them in the same order."""
+
+    rank: int
+    workers: int
+    bytes_sent: int  # to other workers, since the exchange was made
+
+    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Send rows[0:send[0]] to worker 0, the next send[1] rows to worker 1, ...; returns receive[0] rows of worker 0, ..."""
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over all workers."""
+
+
+class Solo:
+    """One worker: nothing to exchange."""
+
+    rank = 0
+    workers = 1
+    bytes_sent = 0
+
+    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return rows
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        return values
+
+
+class Group:
+    """Workers of a torch.distributed process group (gloo for CPU tensors, NCCL for CUDA ones).
+
+    Args:
+        group: a group of its own, so that its operations cannot cross those of the dense parameters.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.workers = dist.get_world_size(group)
+        self.bytes_sent = 0
+
+    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
+        elsewhere = sum(send) - send[self.rank]
+        self.bytes_sent += elsewhere * rows.element_size() * (rows[0].numel() if rows.dim() > 1 and len(rows) else 1)
+        return out
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        out = values.clone()
+        dist.all_reduce(out, group=self.group)
+        return out
+
+
+def make_exchange() -> Exchange:
+    """The exchange of this process: `Group` over a new process group where torch.distributed runs, `Solo` elsewhere."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return Group(dist.new_group())
+    return Solo()
+
+
+def splits(sizes: Tensor, counts: list[int]) -> list[int]:
+    """Sum `sizes` (int64 [sum of counts]) over consecutive groups of `counts` members."""
+    ends = torch.cumsum(torch.tensor(counts), 0)
+    sums = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(sizes, 0)])[ends]
+    return torch.diff(sums, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
