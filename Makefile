@@ -1,0 +1,81 @@
+# From a checkout to a trained model with `make train`. Needs make, a C++20 compiler and Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= jobs/configs/synthetic.yaml
+ARGS ?=
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check
+kernels := $(wildcard cuda_ext/*.cpp cuda_ext/*/*.cpp)
+headers := $(wildcard cuda_ext/*.h cuda_ext/*/*.h)
+
+# What pyproject.toml asks for: torch and setuptools come first because the kernels are built against the installed torch.
+requirements = $(bin)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb")); print(*($(1)), sep="\n")'
+run_needs = project["build-system"]["requires"] + project["project"]["dependencies"]
+dev_needs = project["project"]["optional-dependencies"]["dev"]
+
+.PHONY: help setup train test lint format ui clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+
+setup: $(VENV)/.built  ## make .venv, install what is needed, build the kernels
+
+train: $(VENV)/.built data/synthetic  ## train on synthetic data; other settings: make train ARGS="budget=64MiB train.workers=4"
+	@echo "==> training by $(CONFIG) $(ARGS)"
+	@$(bin)/python jobs/train.py --config $(CONFIG) $(ARGS)
+
+test: $(VENV)/.built $(VENV)/.dev  ## the whole test suite
+	@$(bin)/python -m pytest -q tests
+
+lint: $(VENV)/.built $(VENV)/.dev  ## formatting, lint and types
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+	@$(bin)/mypy
+	@$(bin)/clang-format --dry-run --Werror $(kernels) $(headers)
+
+format: $(VENV)/.dev  ## rewrite the sources in the house style
+	@$(bin)/ruff check --fix .
+	@$(bin)/ruff format .
+	@$(bin)/clang-format -i $(kernels) $(headers)
+
+ui: $(VENV)/.built  ## MLflow's pages for the runs in mlflow.db, on http://127.0.0.1:5000
+	@$(bin)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+
+clean:  ## remove .venv and what was built; data, runs and mlflow.db stay
+	rm -rf $(VENV) build *.egg-info fiited_ray/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+data/synthetic: | $(VENV)/.built
+	@echo "==> writing synthetic data to $@"
+	@rm -rf $@.part
+	@$(bin)/python jobs/prepare.py synthetic --output $@.part
+	@mv $@.part $@
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is not that; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.dependencies: pyproject.toml | $(VENV)/.python
+	@echo "==> installing dependencies: some minutes the first time, for PyTorch and Ray are large"
+	@$(call requirements,$(run_needs)) > $(VENV)/requirements.txt
+	@$(pip) install --quiet --requirement $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies setup.py $(kernels) $(headers)
+	@echo "==> building the kernels: about 20 seconds"
+	@$(pip) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.dependencies
+	@echo "==> installing test and lint tools"
+	@$(call requirements,$(dev_needs)) > $(VENV)/requirements-dev.txt
+	@$(pip) install --quiet --requirement $(VENV)/requirements-dev.txt
+	@touch $@

@@ -1,0 +1,62 @@
+"""Builds fiited_ray/_C.so: plain C++ kernels behind libtorch's stable ABI, loaded with torch.ops.load_library.
+
+One binary serves every torch from 2.11 on and every Python: it has no module init and links no libpython.
+"""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = Path("cuda_ext")
+TORCH_ABI = "0x020b000000000000"  # torch 2.11: major, minor and patch in a byte each, from the top
+
+
+def torch_folder() -> Path:
+    """Found, not imported: the build needs torch's headers and one library to link, and nothing of it to run."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit("fiited-ray: torch is not installed here; install it first, or build without --no-build-isolation")
+    return Path(spec.origin).parent
+
+
+class BuildKernels(build_ext):
+    """A shared library, not a Python module: a plain file name, and a word about a missing compiler."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extensions(self) -> None:
+        compiler = self.compiler.compiler_cxx[0]
+        if shutil.which(compiler) is None:
+            raise SystemExit(f"fiited-ray: no C++ compiler ({compiler}): install one that knows C++20 (g++ 12 or clang 15), or set CXX")
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = torch_folder()
+        ext.include_dirs += [str(torch / "include")]
+        ext.library_dirs += [str(torch / "lib")]
+        super().build_extension(ext)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "fiited_ray._C",
+            sources=[str(KERNELS / "binding.cpp"), *sorted(map(str, KERNELS.glob("cpu/*.cpp")))],
+            depends=sorted(map(str, KERNELS.rglob("*.h"))),
+            include_dirs=[str(KERNELS)],
+            libraries=["torch_cpu"],  # already loaded by `import torch`, so no path to it is written into the file
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI)],
+            extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"],
+            language="c++",
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
