@@ -390,9 +390,30 @@ Tensor take_rows(Tensor values, Tensor widths, Tensor take, int64_t chunk) {
   return out;
 }
 
+Tensor hash_strings(Tensor offsets, Tensor bytes) {
+  const int64_t n = offsets.numel() - 1;
+  require(n >= 0, "offsets must have at least one element");
+  const auto* ends = read<int64_t>(offsets, ScalarType::Long, "offsets", -1);
+  const auto* data = read<uint8_t>(bytes, ScalarType::Byte, "bytes", -1);
+  for (int64_t i = 0; i < n; ++i) require(ends[i] <= ends[i + 1], "string offsets fall at " + std::to_string(i));
+  require(ends[0] >= 0 && ends[n] <= bytes.numel(), "string offsets pass the end of the bytes");
+  Tensor out = make(n, ScalarType::Long);
+  fiited::hash_strings(n, ends, data, static_cast<int64_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor cross_ids(Tensor left, Tensor right) {
+  const int64_t n = left.numel();
+  Tensor out = make(n, ScalarType::Long);
+  fiited::cross_ids(n, read<int64_t>(left, ScalarType::Long, "left", n), read<int64_t>(right, ScalarType::Long, "right", n), static_cast<int64_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fiited, m) {
+  m.def("hash_strings(Tensor offsets, Tensor bytes) -> Tensor");
+  m.def("cross_ids(Tensor left, Tensor right) -> Tensor");
   m.def("store_create(int[] ints, float[] floats) -> int");
   m.def("store_destroy(int handle) -> ()");
   m.def("store_plan(int[] ints, float[] floats) -> Tensor");
@@ -442,5 +463,7 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("pool_weights_backward", TORCH_BOX(&pool_weights_backward));
   m.impl("lookup_norms", TORCH_BOX(&lookup_norms));
   m.impl("sum_gradients", TORCH_BOX(&sum_gradients));
+  m.impl("hash_strings", TORCH_BOX(&hash_strings));
+  m.impl("cross_ids", TORCH_BOX(&cross_ids));
   m.impl("take_rows", TORCH_BOX(&take_rows));
 }

@@ -50,6 +50,12 @@ void pool_weights_backward(const Bags& bags, const Real* grad_out, const Real* v
 // Sum over each row's lookups of the norm of the lookup's own gradient: norms [rows], zero-filled, is added to.
 void lookup_norms(const Bags& bags, const float* grad_out, float* norms);
 
+// 64-bit hashes of n strings; string i is bytes[offsets[i]] up to bytes[offsets[i + 1]].
+void hash_strings(int64_t n, const int64_t* offsets, const uint8_t* bytes, int64_t* out);
+
+// Ids of the cross of two columns; the order of the columns matters.
+void cross_ids(int64_t n, const int64_t* left, const int64_t* right, int64_t* out);
+
 // Adds rows of `from` (sizes[i] floats each, one behind the other) into row target[i] of `to`, which starts at starts[target[i]].
 void add_rows(int64_t n, const int32_t* target, const int64_t* sizes, const float* from, const int64_t* starts, float* to);
 

@@ -1,0 +1,76 @@
+"""One batch as the model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names file, column, row or position, and what to do."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows, C dense columns, F features, N ids.
+
+        ids      [ f0,b0  f0,b0 | f0,b1 | f1,b0 |       | ... ]      feature by feature, row by row
+        offsets  [ 0              2       3       4       4 ... ]    bag (f, b) begins at offsets[f*B+b]
+
+    Fields:
+        dense: float32 [B, C]
+        labels: float32 [B], 0 or 1
+        ids: int64 [N]
+        offsets: int64 [F*B+1]
+        weights: float32 [N], or None where every id weighs the same
+    """
+
+    dense: Tensor
+    labels: Tensor
+    ids: Tensor
+    offsets: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.labels)
+
+    def validate(self, features: Sequence[str], dense: Sequence[str] = ()) -> None:
+        """Check every promise of this class.
+
+        Raises:
+            DataError: naming the feature or column and the position of what is wrong.
+        """
+        rows = self.rows
+        self._check_shapes(len(features), rows)
+        lengths = torch.diff(self.offsets)
+        if bool((lengths < 0).any()):
+            at = int((lengths < 0).nonzero()[0])
+            feature = features[at // rows]
+            raise DataError(f"feature {feature!r}, row {at % rows} of the batch: its offsets fall from {self.offsets[at]} to {self.offsets[at + 1]}")
+        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != len(self.ids):
+            raise DataError(f"offsets go from {self.offsets[0]} to {self.offsets[-1]}; they must go from 0 to the number of ids, {len(self.ids)}")
+        finite = torch.isfinite(self.dense)
+        if not bool(finite.all()):
+            row, column = (~finite).nonzero()[0].tolist()
+            name = repr(dense[column]) if column < len(dense) else str(column)
+            raise DataError(f"dense column {name}, row {row} of the batch: {self.dense[row, column]}; clean the data, or leave the value null if it is missing")
+        odd = (self.labels != 0) & (self.labels != 1)
+        if bool(odd.any()):
+            row = int(odd.nonzero()[0])
+            raise DataError(f"label of row {row} of the batch is {self.labels[row]}; labels are 0 or 1")
+
+    def _check_shapes(self, features: int, rows: int) -> None:
+        wanted = {"dense": torch.float32, "labels": torch.float32, "ids": torch.int64, "offsets": torch.int64}
+        for name, dtype in wanted.items():
+            if getattr(self, name).dtype != dtype:
+                raise DataError(f"batch.{name} is {getattr(self, name).dtype}; {dtype} is wanted")
+        if self.dense.dim() != 2 or len(self.dense) != rows:
+            raise DataError(f"batch.dense has shape {tuple(self.dense.shape)} for {rows} labels")
+        if len(self.offsets) != features * rows + 1:
+            raise DataError(f"batch.offsets has {len(self.offsets)} entries; {features} features x {rows} rows + 1 = {features * rows + 1} are wanted")
+        if self.weights is not None and self.weights.shape != self.ids.shape:
+            raise DataError(f"batch.weights has {len(self.weights)} entries for {len(self.ids)} ids")

@@ -1,0 +1,162 @@
+"""Arrow tables to batches: strings hashed, columns crossed and binned, lists laid flat. Whole columns at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from fiited_ray.config import DataConfig
+from fiited_ray.data.batch import Batch, DataError
+from fiited_ray.store.ops import ops
+
+NULL_ID = -(2**63)  # the id of a missing categorical value
+
+
+class Collator:
+    """Turns tables with a config's columns into batches.
+
+    Null means missing: an id of its own in a categorical column, an empty bag in a list column, 0 (after the transform) in a
+    dense one.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self._used = tuple(dict.fromkeys([*config.categorical, *(name for cross in config.cross for name in cross)]))
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns to read from the files, each once."""
+        config = self.config
+        sources = [config.bins[name].column if name in config.bins else name for name in self._used]
+        return list(dict.fromkeys([config.label, *config.dense, *sources, *config.multi_hot, *([config.time] if config.time else [])]))
+
+    def __call__(self, table: pa.Table, where: str = "batch") -> Batch:
+        """Make a batch.
+
+        Args:
+            table: rows with at least `columns`.
+            where: file or source, for error messages.
+
+        Raises:
+            DataError: naming source, column, row and value.
+        """
+        table = table.combine_chunks()
+        rows = table.num_rows
+        scalar = {name: self._ids(table, name, where) for name in self._used}
+        ids = [scalar[name] for name in self.config.categorical]
+        lengths = [torch.ones(rows, dtype=torch.int64)] * len(ids)
+        for name in self.config.multi_hot:
+            bag_ids, bag_lengths = _lists(_array(table, name), name, where)
+            ids.append(bag_ids)
+            lengths.append(bag_lengths)
+        for first, *rest in self.config.cross:
+            crossed = scalar[first]
+            for name in rest:
+                crossed = ops().cross_ids(crossed, scalar[name])
+            ids.append(crossed)
+            lengths.append(torch.ones(rows, dtype=torch.int64))
+        offsets = torch.zeros(sum(map(len, lengths)) + 1, dtype=torch.int64)
+        torch.cumsum(torch.cat(lengths), 0, out=offsets[1:])
+        return Batch(self._dense(table, where), _labels(_array(table, self.config.label), self.config.label, where), torch.cat(ids), offsets)
+
+    def _ids(self, table: pa.Table, name: str, where: str) -> Tensor:
+        if name not in self.config.bins:
+            return _scalar_ids(_array(table, name), name, where)
+        derived = self.config.bins[name]
+        column = pc.cast(_array(table, derived.column), pa.float64())
+        values = np.floor(column.fill_null(0.0).to_numpy(zero_copy_only=False) / derived.width)
+        bad = ~np.isfinite(values)
+        if bad.any():
+            row = int(bad.argmax())
+            raise DataError(f"{where}: column {derived.column!r}, row {row}: {column[row]} cannot be binned; leave the value null if it is missing")
+        ids = torch.from_numpy(values.astype(np.int64))
+        return _mark_nulls(ids, column)
+
+    def _dense(self, table: pa.Table, where: str) -> Tensor:
+        out = np.zeros((table.num_rows, len(self.config.dense)), np.float32)
+        for at, name in enumerate(self.config.dense):
+            column = _array(table, name)
+            values = pc.cast(column, pa.float32(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
+            if not np.isfinite(values).all():
+                row = int((~np.isfinite(values)).argmax())
+                raise DataError(f"{where}: dense column {name!r}, row {row}: {values[row]}; clean the data, or leave the value null if it is missing")
+            out[:, at] = values
+        if self.config.dense_transform == "log1p":
+            np.log1p(np.maximum(out, 0), out=out)
+        return torch.from_numpy(out)
+
+
+def _array(table: pa.Table, name: str) -> pa.Array:
+    column = table[name]
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
+    return array
+
+
+def _scalar_ids(array: pa.Array, name: str, where: str) -> Tensor:
+    """int64 [rows]: integers as they are (unsigned 64-bit ones by their bits), strings by their hash, null as NULL_ID."""
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        entries = _scalar_ids(array.dictionary, name, where)
+        taken = entries[_integers(array.indices.fill_null(0))] if len(entries) else torch.zeros(len(array), dtype=torch.int64)
+        return _mark_nulls(taken, array)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return _mark_nulls(_hash_strings(array), array)
+    if pa.types.is_boolean(kind):
+        array = pc.cast(array, pa.int8())
+    elif not pa.types.is_integer(kind):
+        raise DataError(f"{where}: column {name!r} is {kind}; ids are integers or strings" + (" (bin it with data.bins)" if pa.types.is_floating(kind) else ""))
+    ids = _integers(array.fill_null(0))
+    if not pa.types.is_uint64(kind) and bool((ids == NULL_ID).any()):
+        row = int((ids == NULL_ID).nonzero()[0])
+        raise DataError(f"{where}: column {name!r}, row {row}: the id -2**63 stands for a missing value; write null instead")
+    return _mark_nulls(ids, array)
+
+
+def _integers(array: pa.Array) -> Tensor:
+    return torch.from_numpy(array.to_numpy(zero_copy_only=False).astype(np.int64))
+
+
+def _mark_nulls(ids: Tensor, array: pa.Array) -> Tensor:
+    if array.null_count:
+        ids[torch.from_numpy(array.is_null().to_numpy(zero_copy_only=False))] = NULL_ID
+    return ids
+
+
+def _hash_strings(array: pa.Array) -> Tensor:
+    """int64 hashes, straight from Arrow's offsets and bytes."""
+    large = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
+    _, offsets, data = array.buffers()
+    if len(array) == 0 or offsets is None:
+        return torch.empty(0, dtype=torch.int64)
+    starts = np.frombuffer(offsets, np.int64 if large else np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8)
+    content = content[starts[0] : starts[-1]]
+    bytes_ = torch.frombuffer(content, dtype=torch.uint8) if content.size else torch.empty(0, dtype=torch.uint8)
+    hashed: Tensor = ops().hash_strings(torch.from_numpy(starts - starts[0]), bytes_)
+    return hashed
+
+
+def _lists(array: pa.Array, name: str, where: str) -> tuple[Tensor, Tensor]:
+    """(ids of all bags one behind the other, bag lengths int64 [rows])."""
+    kind = array.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise DataError(f"{where}: column {name!r} is {kind}; a multi_hot column holds lists")
+    lengths = torch.from_numpy(pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
+    return _scalar_ids(array.flatten(), name, where), lengths
+
+
+def _labels(array: pa.Array, name: str, where: str) -> Tensor:
+    if array.null_count:
+        row = int(array.is_null().to_numpy(zero_copy_only=False).argmax())
+        raise DataError(f"{where}: label column {name!r}, row {row} is null; every row needs a label of 0 or 1")
+    values = pc.cast(array, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    odd = (values != 0) & (values != 1)
+    if odd.any():
+        row = int(odd.argmax())
+        raise DataError(f"{where}: label column {name!r}, row {row}: {values[row]}; labels are 0 or 1")
+    return torch.from_numpy(values.copy())

@@ -1,0 +1,116 @@
+"""What can be known of the input files before anything starts: that they are there, readable and hold the right columns."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fiited_ray.config import DataConfig
+from fiited_ray.data.batch import DataError
+from fiited_ray.data.collate import Collator
+
+SYNTHETIC_KEY = b"fiited_ray.synthetic"
+
+
+@dataclass(frozen=True)
+class Files:
+    """Parquet files in reading order."""
+
+    paths: tuple[str, ...]
+    rows: tuple[int, ...]  # of each file
+    synthetic: bool  # made by this project's generator
+
+    @property
+    def total_rows(self) -> int:
+        return sum(self.rows)
+
+
+def check_files(patterns: tuple[str, ...], config: DataConfig, role: str = "data.train") -> Files:
+    """Find files and check their schema against the config, from metadata alone.
+
+    Args:
+        patterns: files, folders or glob patterns.
+        role: the config key, for messages.
+
+    Raises:
+        DataError: naming file and column.
+    """
+    paths = tuple(path for pattern in patterns for path in _expand(pattern, role))
+    if not paths:
+        raise DataError(f"{role}: no file named")
+    rows, synthetic, first = [], False, None
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+        if metadata.num_rows == 0:
+            raise DataError(f"{path}: the file has no rows; remove it from {role}")
+        _check_schema(path, schema, config)
+        first = first or schema
+        for name in Collator(config).columns:
+            if schema.field(name).type != first.field(name).type:
+                raise DataError(f"{path}: column {name!r} is {schema.field(name).type}, but {first.field(name).type} in {paths[0]}")
+        rows.append(metadata.num_rows)
+        synthetic |= SYNTHETIC_KEY in (schema.metadata or {})
+    return Files(paths, tuple(rows), synthetic)
+
+
+def _expand(pattern: str, role: str) -> list[str]:
+    path = Path(pattern)
+    if path.is_dir():
+        found = sorted(str(each) for each in path.glob("**/*.parquet"))
+    elif any(mark in pattern for mark in "*?["):
+        found = sorted(glob.glob(pattern, recursive=True))
+    else:
+        found = [pattern] if path.exists() else []
+    if not found:
+        raise DataError(f"{role}: no Parquet file at {pattern}")
+    return found
+
+
+def _check_schema(path: str, schema: pa.Schema, config: DataConfig) -> None:
+    def check(name: str, key: str, fits: Callable[[pa.DataType], bool], wanted: str) -> None:
+        if name not in schema.names:
+            close = difflib.get_close_matches(name, schema.names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(schema.names)}"
+            raise DataError(f"{path}: no column {name!r} ({key}); {hint}")
+        kind = schema.field(name).type
+        if not fits(kind):
+            raise DataError(f"{path}: column {name!r} ({key}) is {kind}; {wanted}")
+
+    def is_number(kind: pa.DataType) -> bool:
+        return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
+
+    check(config.label, "data.label", is_number, "a label is a number, 0 or 1")
+    for name in config.dense:
+        check(name, "data.dense", is_number, "a dense column holds numbers")
+    for name in config.categorical:
+        if name not in config.bins:
+            check(name, "data.categorical", _is_id, "ids are integers or strings; bin numbers with data.bins, put lists under data.multi_hot")
+    for cross in config.cross:
+        for name in cross:
+            if name not in config.bins:
+                check(name, "data.cross", _is_id, "ids are integers or strings; bin numbers with data.bins")
+    for name, derived in config.bins.items():
+        check(derived.column, f"data.bins.{name}", is_number, "only numbers can be binned")
+    for name in config.multi_hot:
+        check(name, "data.multi_hot", lambda kind: pa.types.is_nested(kind) and hasattr(kind, "value_type") and _is_id(kind.value_type), "a multi_hot column holds lists of integers or strings")
+    if config.time:
+        check(config.time, "data.time", lambda kind: pa.types.is_integer(kind) or pa.types.is_temporal(kind) or pa.types.is_floating(kind), "time is a number or a timestamp")
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_id(kind.value_type)
+    strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return strings or pa.types.is_integer(kind) or pa.types.is_boolean(kind)

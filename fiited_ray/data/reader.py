@@ -1,0 +1,180 @@
+"""Two ways from Parquet to batches with one contract: step t of any number of workers is the same rows of the files.
+
+Rows r of global batch t are dealt in contiguous slices: of its n rows worker k gets rows k*n//W up to (k+1)*n//W. The last batch is
+short, and a worker may find itself with no row in it, so that all workers take the same number of steps and no row is lost.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fiited_ray.config import DataConfig
+from fiited_ray.data.batch import Batch, DataError
+from fiited_ray.data.collate import Collator
+from fiited_ray.data.files import Files
+
+if TYPE_CHECKING:
+    import ray.data
+
+_PREFETCH = 2  # batches made ahead by the reading thread
+_READ_ROWS = 65536
+
+
+def parquet_batches(
+    files: Files, config: DataConfig, batch_size: int, *, rank: int = 0, workers: int = 1, max_rows: int | None = None, prefetch: bool = True
+) -> Iterator[Batch]:
+    """Read files directly with Arrow, a row group at a time, in a thread of its own.
+
+    With `config.time` the rows come in that column's order; files that are not sorted by it are an error here.
+
+    Args:
+        batch_size: rows of a global batch; this worker gets its slice.
+
+    Raises:
+        DataError: for bad data, naming file, column and row.
+    """
+    collate = Collator(config)
+    batches = (collate(_slice(table, rank, workers), where) for table, where in _global_batches(files, config, batch_size, max_rows))
+    return _ahead(batches) if prefetch else batches
+
+
+def ray_dataset(files: Files, config: DataConfig, max_rows: int | None = None) -> ray.data.Dataset:
+    """The columns of a config as a streaming Ray Data set, in file order or, with a time column, in time order."""
+    import ray.data
+
+    dataset = ray.data.read_parquet(list(files.paths), columns=Collator(config).columns)
+    if config.time and not is_sorted(files, config.time):
+        dataset = dataset.sort(config.time)
+    return dataset if max_rows is None else dataset.limit(max_rows)
+
+
+def ray_batches(shard: ray.data.DataIterator, config: DataConfig, batch_size: int, rank: int, workers: int) -> Iterator[Batch]:
+    """A worker's batches from its Ray Data iterator, which must deliver the whole data set in order (see `data_config`).
+
+    Every worker streams the same blocks, which share memory on a node, and cuts its slice out of each global batch: exact order and
+    equal steps for any number of workers, at the price of each node reading all of the data.
+    """
+    collate = Collator(config)
+    tables = shard.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=_PREFETCH)
+    return _ahead(collate(_slice(table, rank, workers), f"global batch {step}") for step, table in enumerate(tables))
+
+
+def data_config() -> Any:
+    """How Ray Train must hand out the data set: whole and in order."""
+    import ray.data
+    import ray.train
+
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    return ray.train.DataConfig(datasets_to_split=[], execution_options=options)
+
+
+def is_sorted(files: Files, column: str) -> bool:
+    """Whether row-group statistics alone prove that the files are in the order of a column."""
+    last: Any = None
+    for path in files.paths:
+        with pq.ParquetFile(path) as file:
+            at = file.schema_arrow.names.index(column)
+            for group in range(file.num_row_groups):
+                stats = file.metadata.row_group(group).column(at).statistics
+                if stats is None or not stats.has_min_max or (last is not None and stats.min < last):
+                    return False
+                if not _group_sorted(file, group, column):
+                    return False
+                last = stats.max
+    return True
+
+
+def _group_sorted(file: pq.ParquetFile, group: int, column: str) -> bool:
+    values = file.read_row_group(group, columns=[column])[column].combine_chunks()
+    return len(values) < 2 or not pc.any(pc.less(values.slice(1), values.slice(0, len(values) - 1))).as_py()
+
+
+def _global_batches(files: Files, config: DataConfig, batch_size: int, max_rows: int | None) -> Iterator[tuple[pa.Table, str]]:
+    """Tables of batch_size rows, the last one shorter, and where each begins."""
+    columns = Collator(config).columns
+    pending: list[pa.Table] = []
+    held, left, where, last_time = 0, max_rows, files.paths[0], None
+    for path in files.paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                read = 0
+                for piece in file.iter_batches(min(_READ_ROWS, max(batch_size, 1024)), columns=columns):
+                    table = pa.Table.from_batches([piece])
+                    if left is not None:
+                        table = table.slice(0, left)
+                        left -= table.num_rows
+                    last_time = _check_order(table, config.time, last_time, path, read)
+                    where = f"{path}, rows from {read}"
+                    read += piece.num_rows
+                    pending.append(table)
+                    held += table.num_rows
+                    while held >= batch_size:
+                        joined = pa.concat_tables(pending)
+                        yield joined.slice(0, batch_size), where
+                        held -= batch_size
+                        pending = [joined.slice(batch_size)]
+                    if left == 0:
+                        break
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path}: reading it failed: {error}") from error
+        if left == 0:
+            break
+    if held:
+        yield pa.concat_tables(pending), where
+
+
+def _check_order(table: pa.Table, column: str | None, last: Any, path: str, first_row: int) -> Any:
+    if column is None or table.num_rows == 0:
+        return last
+    values = table[column].combine_chunks()
+    values = values.chunk(0) if isinstance(values, pa.ChunkedArray) else values
+    falls = pc.less(values.slice(1), values.slice(0, len(values) - 1)) if len(values) > 1 else None
+    if (falls is not None and pc.any(falls).as_py()) or (last is not None and values[0].as_py() < last):
+        raise DataError(f"{path}: not in the order of {column!r} near row {first_row}; sort the files by it, or leave data.time out")
+    return values[-1].as_py()
+
+
+def _slice(table: pa.Table, rank: int, workers: int) -> pa.Table:
+    rows = table.num_rows
+    begin = rank * rows // workers
+    return table.slice(begin, (rank + 1) * rows // workers - begin)
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Make batches in a thread, a few ahead of their use; its errors come out here."""
+    made: queue.Queue[Batch | BaseException | None] = queue.Queue(_PREFETCH)
+    stopped = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not stopped.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+            put(None)
+        except BaseException as error:  # handed to the consumer, whatever it is
+            put(error)
+
+    threading.Thread(target=work, daemon=True, name="batches").start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()

@@ -1,0 +1,28 @@
+"""When rounds are held: close together at first, `interval` apart later, and at once when rows find no room."""
+
+from __future__ import annotations
+
+from fiited_ray.config import PolicyConfig
+
+_PRESSED = 50  # rows that find no room bring a round forward to this fraction of the gap
+
+
+class RoundSchedule:
+    """Every worker keeps one and asks it the same questions, so that all hold the same rounds."""
+
+    def __init__(self, policy: PolicyConfig) -> None:
+        self.gap = policy.first_round
+        self.last_step = 0
+        self.rounds = 0
+        self._interval = policy.interval
+
+    def due(self, step: int, crowded: bool) -> bool:
+        """Whether a round is to be held after this step. `crowded`: rows were turned away for want of room."""
+        passed = step - self.last_step
+        return passed >= self.gap or (crowded and passed >= max(1, self.gap // _PRESSED))
+
+    def held(self, step: int) -> None:
+        """Note a round after `step`; the next gap doubles until it reaches the interval."""
+        self.last_step = step
+        self.rounds += 1
+        self.gap = min(self._interval, 2 * self.gap)
