@@ -1,0 +1,113 @@
+"""The cluster route for real: a head with token authentication, and jobs submitted to it from this checkout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A head of its own, whose token lies in a home folder of its own."""
+
+    home: Path
+    dashboard: str
+    environment: dict[str, str] = field(repr=False)
+
+    def submit(self, *entrypoint: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit --working-dir .`, waiting for the job's end; `environment` is set for the client alone."""
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard, "--working-dir", ".", "--", *entrypoint]
+        settings = self.environment | environment
+        return subprocess.run(command, cwd=ROOT, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment = kept | {"HOME": folder, "RAY_AUTH_MODE": "token", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+        port = free_port()
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
+        # Beside another Ray of this machine: no port with a fixed number, no folder in common.
+        command += ["--port=0", f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}", "--disable-usage-stats"]
+        log = Path(folder) / "head.log"
+        with (
+            log.open("w") as errors,
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True) as head,
+        ):
+            try:
+                assert head.stdout is not None
+                started = any("Ray runtime started" in line for line in head.stdout)
+                assert started, f"the head did not start: {log.read_text()}"
+                yield Cluster(Path(folder), f"http://127.0.0.1:{port}", environment)
+            finally:
+                head.send_signal(signal.SIGTERM)  # with --block, Ray then ends the processes of this head and no others
+                head.communicate()
+
+
+LOOK = """
+import os
+import fiited_ray
+from fiited_ray.store.ops import ops
+print("sources", os.path.relpath(fiited_ray.__file__))
+print("kernels", hasattr(ops(), "pool"))
+print("sent", *os.listdir())
+"""
+
+
+@pytest.fixture(scope="module")
+def look(cluster: Cluster) -> dict[str, list[str]]:
+    """What a job finds: the words behind each first word that it prints."""
+    job = cluster.submit("python", "-c", LOOK)
+    assert job.returncode == 0, job.stdout
+    lines = [line.split() for line in job.stdout.splitlines()]
+    return {words[0]: words[1:] for words in lines if words}
+
+
+def test_job_runs_the_submitted_sources(look: dict[str, list[str]]) -> None:
+    assert look["sources"] == [str(Path("fiited_ray", "__init__.py"))]
+
+
+def test_job_finds_the_installed_kernels(look: dict[str, list[str]]) -> None:
+    assert look["kernels"] == ["True"]
+
+
+def test_job_is_sent_the_project_without_data_runs_or_environment(look: dict[str, list[str]]) -> None:
+    assert {"fiited_ray", "jobs", "pyproject.toml"} <= set(look["sent"])
+    assert not {".git", ".venv", "data", "runs", "mlflow.db"} & set(look["sent"])
+
+
+def test_failing_job_fails_the_submission(cluster: Cluster) -> None:
+    assert cluster.submit("python", "-c", "raise SystemExit(3)").returncode != 0
+
+
+def test_submission_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit("true", HOME=str(tmp_path), RAY_AUTH_MODE="disabled")
+    assert job.returncode != 0
+    assert "AuthenticationError: Authentication required" in job.stdout
+
+
+def test_submission_with_another_token_is_refused(cluster: Cluster) -> None:
+    job = cluster.submit("true", RAY_AUTH_TOKEN="not-the-token")
+    assert job.returncode != 0
+    assert "AuthenticationError: Authentication failed" in job.stdout
