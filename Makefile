@@ -8,6 +8,7 @@ ARGS ?=
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:  # two pips in one environment would get in each other's way
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -26,7 +27,7 @@ help:  ## this list
 
 setup: $(VENV)/.built  ## make .venv, install what is needed, build the kernels
 
-train: $(VENV)/.built data/synthetic  ## train on synthetic data; other settings: make train ARGS="budget=64MiB train.workers=4"
+train: $(VENV)/.built $(if $(findstring synthetic,$(CONFIG)),data/synthetic)  ## train on synthetic data; other settings: make train ARGS="budget=64MiB train.workers=4"
 	@echo "==> training by $(CONFIG) $(ARGS)"
 	@$(bin)/python jobs/train.py --config $(CONFIG) $(ARGS)
 
