@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -99,6 +100,18 @@ def test_job_is_sent_the_project_without_data_runs_or_environment(look: dict[str
 
 def test_failing_job_fails_the_submission(cluster: Cluster) -> None:
     assert cluster.submit("python", "-c", "raise SystemExit(3)").returncode != 0
+
+
+def test_submitted_training_finishes_in_mlflow(cluster: Cluster, tmp_path: Path) -> None:
+    data, tracking = tmp_path / "synthetic", f"sqlite:///{tmp_path}/mlflow.db"
+    subprocess.run([sys.executable, "jobs/prepare.py", "synthetic", "--rows", "5000", "--output", data], cwd=ROOT, check=True)
+    settings = [f"data.train={data}/train.parquet", f"data.test={data}/test.parquet", f"output={tmp_path}/runs"]
+    settings += ["name=submitted", "budget=4MiB", "train.batch_size=256", "train.max_steps=5", f"tracking.uri={tracking}"]
+    job = cluster.submit("python", "jobs/train.py", "--config", "jobs/configs/synthetic.yaml", *settings)
+    assert job.returncode == 0, job.stdout
+    client = MlflowClient(tracking)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert [(run.info.run_name, run.info.status) for run in client.search_runs(experiments)] == [("submitted", "FINISHED")]
 
 
 def test_submission_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
