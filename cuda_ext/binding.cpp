@@ -66,7 +66,7 @@ std::shared_ptr<Shard> shard_of(int64_t handle) {
 
 // The order of these numbers is that of fiited_ray/store/layout.py.
 ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector<double>& floats) {
-  require(ints.size() == 11 && floats.size() >= 6, "a shard's configuration is 11 integers and 6 numbers and levels");
+  require(ints.size() == 11 && floats.size() >= 7, "a shard's configuration is 11 integers, 7 numbers and levels");
   ShardConfig config;
   config.seed = static_cast<uint64_t>(ints[0]);
   config.chunk = static_cast<int>(ints[1]);
@@ -85,7 +85,8 @@ ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector<double
   config.init_scale = floats[3];
   config.restore_scale = floats[4];
   config.decay = floats[5];
-  config.levels.assign(floats.begin() + 6, floats.end());
+  config.narrow_lr_power = floats[6];
+  config.levels.assign(floats.begin() + 7, floats.end());
   require(config.chunk > 0 && config.chunks > 0 && config.chunks <= 64, "chunk and chunks must be positive, chunks at most 64");
   require(static_cast<int>(config.levels.size()) == config.chunks, "one level for each chunk is wanted");
   require(config.tables > 0 && config.tables <= 65536, "there must be 1 to 65536 tables");
@@ -142,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> store_lookup(int64_t handle, Tensor keys, Ten
 }
 
 void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients,
-                  std::optional<Tensor> lookup_norms, double lr, int64_t step) {
+                  std::optional<Tensor> lookup_norms, double lr, int64_t step, int64_t quota) {
   const auto shard = shard_of(handle);
   const ShardConfig& config = shard->config();
   const int64_t n = keys.numel();
@@ -157,7 +158,8 @@ void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, 
   }
   shard->update(n, keys_data, tables_data, reinterpret_cast<const uint32_t*>(read<int32_t>(addresses, ScalarType::Int, "addresses", n)), widths_data,
                 read<int32_t>(counts, ScalarType::Int, "counts", n), read<float>(gradients, ScalarType::Float, "gradients", size),
-                lookup_norms ? read<float>(*lookup_norms, ScalarType::Float, "lookup_norms", n) : nullptr, lr, step);
+                lookup_norms ? read<float>(*lookup_norms, ScalarType::Float, "lookup_norms", n) : nullptr, lr, step,
+                static_cast<uint64_t>(quota));
 }
 
 Tensor store_histogram(int64_t handle) {
@@ -166,17 +168,19 @@ Tensor store_histogram(int64_t handle) {
   return out;
 }
 
-void store_resize(int64_t handle, double threshold) {
+int64_t store_shrink(int64_t handle, double threshold) {
   require(threshold >= 0, "the threshold must not be negative");
-  shard_of(handle)->resize(threshold);
+  return shard_of(handle)->shrink(threshold);
 }
+
+void store_grow(int64_t handle) { shard_of(handle)->grow(); }
 
 void store_set_limit(int64_t handle, int64_t bytes) { shard_of(handle)->set_limit(bytes); }
 
 Tensor store_stats(int64_t handle) {
   const fiited::ShardStats s = shard_of(handle)->stats();
   return from_vector<int64_t>({s.payload, s.optimizer, s.index, s.sketch, s.slack, s.total, s.planned, s.fixed, s.limit, s.peak, s.rows, s.distinct,
-                               s.lookups, s.hits, s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes},
+                               s.lookups, s.hits, s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes, s.asked_bytes},
                               ScalarType::Long);
 }
 
@@ -418,9 +422,10 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("store_destroy(int handle) -> ()");
   m.def("store_plan(int[] ints, float[] floats) -> Tensor");
   m.def("store_lookup(int handle, Tensor keys, Tensor tables, Tensor counts, bool training, int step, int quota, bool with_values) -> (Tensor, Tensor, Tensor)");
-  m.def("store_update(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients, Tensor? lookup_norms, float lr, int step) -> ()");
+  m.def("store_update(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients, Tensor? lookup_norms, float lr, int step, int quota) -> ()");
   m.def("store_histogram(int handle) -> Tensor");
-  m.def("store_resize(int handle, float threshold) -> ()");
+  m.def("store_shrink(int handle, float threshold) -> int");
+  m.def("store_grow(int handle) -> ()");
   m.def("store_set_limit(int handle, int bytes) -> ()");
   m.def("store_stats(int handle) -> Tensor");
   m.def("store_rows_by_width(int handle) -> Tensor");
@@ -443,7 +448,8 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CompositeExplicitAutograd, m) {
   m.impl("store_destroy", TORCH_BOX(&store_destroy));
   m.impl("store_plan", TORCH_BOX(&store_plan));
   m.impl("store_histogram", TORCH_BOX(&store_histogram));
-  m.impl("store_resize", TORCH_BOX(&store_resize));
+  m.impl("store_shrink", TORCH_BOX(&store_shrink));
+  m.impl("store_grow", TORCH_BOX(&store_grow));
   m.impl("store_set_limit", TORCH_BOX(&store_set_limit));
   m.impl("store_stats", TORCH_BOX(&store_stats));
   m.impl("store_rows_by_width", TORCH_BOX(&store_rows_by_width));

@@ -157,6 +157,7 @@ class EmbeddingConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # Adam
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored vectors; arithmetic is float32
     init_scale: float = 0.01  # a new row is uniform in +-init_scale, from a hash of (seed, key, dimension)
+    narrow_lr_power: float = 0.5  # a row with w of k chunks learns at lr * (k / w) ** this: its dot products move as a full row's do
     restore_scale: float = 0.0  # the same for a chunk that an existing row wins back
 
     def __post_init__(self) -> None:
@@ -178,7 +179,7 @@ class PolicyConfig:
     interval: int = 100  # steps between rounds, once the early ones are over
     first_round: int = 10  # the first round's step; the gap then doubles until it reaches `interval`
     min_change: float = 0.01  # a round that would move a smaller share of the budget is skipped
-    headroom: float = 0.05  # share of the budget a round leaves free for rows admitted before the next one
+    headroom: float = 0.1  # most of the budget a round leaves free for the rows that ask to be let in before the next one
     sketch_share: float = 0.02  # share of the budget given to the importance of absent ids
     max_shard_bytes: int | None = None  # a worker's own memory; the budget binds all of them together
 

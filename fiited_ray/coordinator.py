@@ -53,6 +53,7 @@ class Coordinator:
         self._wait = wait_seconds
         self._rounds: OrderedDict[int, _Round] = OrderedDict()
         self._telemetry: list[dict[str, float]] = []
+        self._progress = ""
 
     async def decide(self, number: int, rank: int, report: ShardReport, state: RoundState) -> Decision | None:
         """Report for shard `rank` of round `number`; returns when the round is decided, or None after the wait.
@@ -77,6 +78,13 @@ class Coordinator:
         except TimeoutError:
             return None
         return current.decision
+
+    async def tell(self, progress: str) -> None:
+        """Note a line for the person who watches the run."""
+        self._progress = progress
+
+    async def progress(self) -> str:
+        return self._progress
 
     async def telemetry(self) -> list[dict[str, float]]:
         """The last decisions: round, threshold, planned and changed bytes, skipped, seconds."""

@@ -23,6 +23,9 @@ from fiited_ray.exchange import Exchange, splits
 from fiited_ray.store import ops
 from fiited_ray.store.shard import ALL_KEYS, Lookup, VhpiShard
 
+_MORE = 1.5  # a step may ask for this much more than the last one did
+_SPARE = 0.002  # of the limit, for shards that get more than their even part
+
 
 @dataclass
 class PhaseTimes:
@@ -47,7 +50,8 @@ class StepTotals:
     lookups: int
     planned_bytes: int
     limit_bytes: int  # 0: none
-    refused: int  # admissions refused for want of room since the last round
+    refused: int  # times a row was turned away for want of room since the last round
+    asked_bytes: int  # of rows worth having, let in or not, since the start
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class _Routed:
     bags: ops.Bags
     send: list[int]
     receive: list[int]
+    quota: int
 
 
 class ShardedEmbedding(nn.Module):
@@ -87,7 +92,7 @@ class ShardedEmbedding(nn.Module):
         self.times = times or PhaseTimes()
         self.step = 0  # training batches seen
         self.totals: StepTotals | None = None  # of the last training batch
-        self.crowded = False  # rows were turned away for want of room, at this step or since the last round
+        self._peak_bytes = 0
         self._full_row_bytes = shard.spec.plan()[1][-1]
         self._anchor = torch.zeros((), requires_grad=True)  # gives autograd a reason to call the backward
         self.register_buffer("_feature_tables", torch.tensor(feature_tables, dtype=torch.int32), persistent=False)
@@ -98,6 +103,16 @@ class ShardedEmbedding(nn.Module):
         if not self.training:
             return pooled
         return cast(Tensor, _Update.apply(pooled, self._anchor, self, routed))
+
+    @property
+    def crowded(self) -> bool:
+        """Whether rows have been turned away for want of room since the last round, as all workers knew at the last step."""
+        return self.totals is not None and self.totals.refused > 0
+
+    def take_peak(self) -> int:
+        """Most bytes this worker's shard has taken since the last call."""
+        peak, self._peak_bytes = self._peak_bytes, 0
+        return peak
 
     def _read(self, batch: Batch) -> tuple[Tensor, _Routed]:
         feature_tables = cast(Tensor, self._feature_tables)
@@ -112,19 +127,19 @@ class ShardedEmbedding(nn.Module):
         with self.times.phase("gather"):
             if self.training:
                 self.step += 1
-                self.totals = totals
             quota = self._quota(totals) if self.training else 0
             found = self.shard.lookup(keys, tables, counts, training=self.training, step=self.step, quota=quota)
             widths, values = self._answer(found, owner_inverse, send, receive)
             spec = self.shard.spec
             bags = ops.Bags(local.inverse, batch.offsets, batch.weights, features, self.mean, spec.chunk, spec.chunks)
             pooled = ops.pool(values, widths, bags)
-        return pooled, _Routed(found, owner_inverse, widths, bags, send, receive)
+        return pooled, _Routed(found, owner_inverse, widths, bags, send, receive, quota)
 
     def _greet(self, send: list[int], rows: int, lookups: int) -> tuple[list[int], StepTotals]:
         """Tell every worker how many keys it will be asked for, and share the totals."""
         stats = self.shard.stats()
-        mine = [rows, lookups, stats.planned, stats.limit, stats.refused]
+        self._peak_bytes = max(self._peak_bytes, stats.peak)
+        mine = [rows, lookups, stats.planned, stats.limit, stats.refused, stats.asked_bytes]
         table = torch.tensor([[count, *mine] for count in send])
         ones = [1] * self.exchange.workers
         told = self.exchange.all_to_all(table, ones, ones)
@@ -138,18 +153,17 @@ class ShardedEmbedding(nn.Module):
         return ops.dedup_keys(asked[:, 0].contiguous(), (asked[:, 1] >> 32).int(), asked[:, 1].int())
 
     def _quota(self, totals: StepTotals) -> int:
-        """Share of the absent keys, of 2**32, that may get a row at this step without passing the budget.
+        """Share, of 2**32, of the keys worth a row that may get one at this step without passing the budget.
 
-        It follows from totals alone, so that the rows let in do not depend on the number of workers.
+        It follows from the totals alone, so that the rows let in do not depend on the number of workers: the room there is against
+        what was asked for at the last step, or against a row for every lookup where that is not known yet.
         """
-        self.crowded = totals.refused > 0
+        before, self.totals = self.totals, totals
         if totals.limit_bytes == 0:
             return ALL_KEYS
-        room = max(0, totals.limit_bytes - totals.planned_bytes)
-        quota = min(ALL_KEYS, room * ALL_KEYS // max(1, totals.lookups * self._full_row_bytes))
-        if self.shard.threshold == 0 and quota < ALL_KEYS:
-            self.crowded = True
-        return quota
+        room = totals.limit_bytes - totals.planned_bytes - int(_SPARE * totals.limit_bytes)
+        asked = totals.asked_bytes - before.asked_bytes if before else totals.lookups * self._full_row_bytes
+        return min(ALL_KEYS, max(0, room) * ALL_KEYS // max(1, int(_MORE * asked)))
 
     def _answer(self, found: Lookup, owner_inverse: Tensor | None, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor]:
         """Send the rows asked for, at their width; returns what came for the U keys: widths [U], values."""
@@ -182,7 +196,7 @@ class ShardedEmbedding(nn.Module):
                     arrived = self.exchange.all_to_all(norms, routed.send, routed.receive)
                     norms = torch.zeros(routed.found.widths.numel()).index_add_(0, routed.owner_inverse, arrived)
         with self.times.phase("update"):
-            self.shard.update(routed.found, gradients, norms, self.lr, self.step)
+            self.shard.update(routed.found, gradients, norms, self.lr, self.step, routed.quota)
 
 
 class _Update(torch.autograd.Function):

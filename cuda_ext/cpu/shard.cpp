@@ -48,7 +48,7 @@ class ShardOf final : public Shard {
 
   int64_t lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step,
                  uint64_t quota, uint32_t* addresses, uint8_t* widths, float* values) override {
-    const bool open = training && threshold_ == 0.0 && quota > 0;
+    const bool open = training && threshold_ == 0.0;
     float* out = values;
     uint32_t candidates[kBlock];
     for (int64_t i = 0; i < std::min<int64_t>(n, kBlock); ++i) index_.prefetch(keys[i]);
@@ -75,9 +75,7 @@ class ShardOf final : public Shard {
           lookups_ += counts[begin + i];
           if (address != kAbsent) hits_ += counts[begin + i];
         }
-        if (address == kAbsent && open && (mix64(key + kGolden * static_cast<uint64_t>(step)) >> 32) < quota) {
-          address = admit(key, table, layout_.chunks, 0.0f);
-        }
+        if (address == kAbsent && open) address = ask(key, table, layout_.chunks, 0.0f, step, quota);
         const int width = address == kAbsent ? 0 : pools_.width(address);
         addresses[begin + i] = address;
         widths[begin + i] = static_cast<uint8_t>(width);
@@ -91,7 +89,8 @@ class ShardOf final : public Shard {
   }
 
   void update(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const uint8_t* widths,
-              const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step) override {
+              const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step, uint64_t quota) override {
+    quota_ = quota;
     if (config_.importance == Importance::kLookupNormSum && lookup_norms == nullptr) {
       throw std::runtime_error("importance lookup_norm_sum needs the lookups' gradient norms");
     }
@@ -122,23 +121,29 @@ class ShardOf final : public Shard {
     }
   }
 
-  void resize(double threshold) override {
+  int64_t shrink(double threshold) override {
     threshold_ = threshold;
     set_cuts();
-    for (int width = layout_.chunks; width >= 1; --width) {  // first what frees memory
+    int64_t growth = 0;
+    for (int width = layout_.chunks; width >= 1; --width) {
       for (uint32_t at = pools_.count(width); at-- > 0;) {
         const uint32_t address = pools_.address_of(width, at);
-        const RowHeader& header = pools_.header(address);
-        const int wanted = width_of(header.importance * unscale_, cuts_.data(), layout_.chunks);
+        const int wanted = width_of(pools_.header(address).importance * unscale_, cuts_.data(), layout_.chunks);
         if (wanted == 0) {
           evict(address);
         } else if (wanted < width) {
           move(address, wanted);
+        } else {
+          growth += row_bytes_[wanted] - row_bytes_[width];
         }
       }
     }
     index_.shrink(key_at());
-    for (int width = layout_.chunks - 1; width >= 1; --width) {  // then what takes it
+    return growth;
+  }
+
+  void grow() override {
+    for (int width = layout_.chunks - 1; width >= 1; --width) {
       for (uint32_t at = pools_.count(width); at-- > 0;) {
         const uint32_t address = pools_.address_of(width, at);
         const int wanted = width_of(pools_.header(address).importance * unscale_, cuts_.data(), layout_.chunks);
@@ -175,6 +180,7 @@ class ShardOf final : public Shard {
     s.resized = resized_;
     s.evicted = evicted_;
     s.admitted_bytes = admitted_bytes_;
+    s.asked_bytes = asked_bytes_;
     return s;
   }
 
@@ -288,6 +294,14 @@ class ShardOf final : public Shard {
     }
   }
 
+  // A row for a key that is worth one, if the key is among the share that is let in at this step and there is room.
+  uint32_t ask(uint64_t key, uint16_t table, int width, float scaled_importance, int64_t step, uint64_t quota) {
+    asked_bytes_ += row_bytes_[width];
+    if ((mix64(key + kGolden * static_cast<uint64_t>(step)) >> 32) < quota) return admit(key, table, width, scaled_importance);
+    ++refused_;
+    return kAbsent;
+  }
+
   // A new row with initial values and clean state; kAbsent, and counted, when there is no room.
   uint32_t admit(uint64_t key, uint16_t table, int width, float scaled_importance) {
     uint32_t address = kAbsent;
@@ -375,6 +389,10 @@ class ShardOf final : public Shard {
       constants.correction2 = static_cast<float>(1 - std::pow(config_.beta2, static_cast<double>(step)));
     }
     for (int64_t i = 0; i < std::min<int64_t>(n, kBlock); ++i) prefetch_update(addresses[i], keys[i]);
+    std::vector<float> lr_of(layout_.chunks + 1);
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      lr_of[width] = static_cast<float>(lr * std::pow(static_cast<double>(layout_.chunks) / width, config_.narrow_lr_power));
+    }
     const float* g = gradients;
     for (int64_t i = 0; i < n; ++i) {
       if (i + kBlock < n) prefetch_update(addresses[i + kBlock], keys[i + kBlock]);
@@ -393,19 +411,20 @@ class ShardOf final : public Shard {
       if (address != kAbsent) {
         std::byte* row = pools_.row(address);
         reinterpret_cast<RowHeader*>(row)->importance += gain;
+        constants.lr = lr_of[width];
         apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live_squares, key, constants);
       } else {
-        win_row(key, static_cast<uint16_t>(tables[i]), gain);
+        win_row(key, static_cast<uint16_t>(tables[i]), gain, step);
       }
       g += size;
     }
   }
 
-  void win_row(uint64_t key, uint16_t table, float gain) {
+  void win_row(uint64_t key, uint16_t table, float gain, int64_t step) {
     const float estimate = sketch_.add(key, gain);
     if (threshold_ == 0.0) return;  // rows are then given out at lookup
     const int width = width_of(estimate * unscale_, cuts_.data(), layout_.chunks);
-    if (width > 0 && admit(key, table, width, estimate) != kAbsent) sketch_.forget(key);
+    if (width > 0 && ask(key, table, width, estimate, step, quota_) != kAbsent) sketch_.forget(key);
   }
 
   void prefetch_update(uint32_t address, uint64_t key) const {
@@ -477,7 +496,8 @@ class ShardOf final : public Shard {
   float unscale_ = 1;
   int64_t lowered_ = 0;
   int64_t lookups_ = 0, hits_ = 0;
-  int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0;
+  int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0, asked_bytes_ = 0;
+  uint64_t quota_ = kAllKeys;
 };
 
 }  // namespace
@@ -499,7 +519,7 @@ int64_t ShardConfig::fixed_bytes() const {
   const int64_t structure = Index::fixed_bytes(partitions_log2()) + Pools::partial_slab_bytes(layout(), slab_rows_log2()) +
                             Pools::directory_bytes(layout(), slab_rows_log2(), limit_bytes) + counter_bytes(*this);
   // A share of the limit, not what this shard's structure happens to need: the sum over shards is then the same for any number of them.
-  return std::max(structure, limit_bytes / 64) + static_cast<int64_t>(Memory::rounded(sketch_bytes(*this)));
+  return std::max(structure, limit_bytes / 50) + static_cast<int64_t>(Memory::rounded(sketch_bytes(*this)));
 }
 
 std::shared_ptr<Shard> Shard::make(const ShardConfig& config) {

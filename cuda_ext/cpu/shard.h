@@ -37,6 +37,7 @@ struct ShardConfig {
   double init_scale;
   double restore_scale;
   double decay;
+  double narrow_lr_power;  // a row of width w learns at lr * (chunks / w)^this
   std::vector<double> levels;  // threshold multiples of the chunks, not decreasing
 
   RowLayout layout() const { return {chunk, chunks, storage == Storage::kFloat32 ? 4 : 2, optimizer}; }
@@ -58,6 +59,7 @@ struct ShardStats {
   int64_t rows, distinct;
   int64_t lookups, hits;  // since the store was made, counted with repeats
   int64_t admitted, refused, resized, evicted, admitted_bytes;
+  int64_t asked_bytes;  // of rows worth having, let in or not, since the store was made
 };
 
 struct ExportedRows {
@@ -80,14 +82,17 @@ class Shard {
                          uint64_t quota, uint32_t* addresses, uint8_t* widths, float* values) = 0;
 
   // Importance and optimizer for the keys of one lookup. `gradients` in wire layout; `lookup_norms` may be null unless
-  // importance needs it. An absent key's importance goes to the sketch, and it gets a row once its estimate passes the cut.
+  // importance needs it. An absent key's importance goes to the sketch; once its estimate passes the cut it
+  // gets a row, if it is among the share `quota` and there is room.
   virtual void update(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const uint8_t* widths,
-                      const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step) = 0;
+                      const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step, uint64_t quota) = 0;
 
   // rows and planned bytes by importance bin: [2 * kImportanceBins].
   virtual void histogram(int64_t* out) const = 0;
-  // Gives every row the width that its importance earns at this threshold.
-  virtual void resize(double threshold) = 0;
+  // A round: rows whose importance earns them less at this threshold are narrowed or leave; returns the planned bytes that
+  // growing will take. Then the others grow to what they earn, as far as the limit, which may be set in between, allows.
+  virtual int64_t shrink(double threshold) = 0;
+  virtual void grow() = 0;
   virtual void set_limit(int64_t bytes) = 0;
 
   virtual ShardStats stats() = 0;

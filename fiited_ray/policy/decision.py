@@ -1,4 +1,4 @@
-"""One round's decision: reports of all shards in, a threshold and a byte limit for each shard out."""
+"""One round's decision: reports of all shards in, a threshold for each shard out; and how the bytes that are left are dealt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fiited_ray.policy.histogram import BINS, bin_edges
 from fiited_ray.policy.threshold import find_threshold, planned_bytes, width_of
 
 _LEAST_HEADROOM = 0.005  # of the budget
-_AHEAD = 1.5  # times the bytes admitted since the last round
+_AHEAD = 1.5  # times the bytes asked for since the last round, over as many steps as the next one is away at least
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ShardReport:
     histogram: np.ndarray  # int64 [2, 2048]: rows, and the bytes they hold, by importance bin
     fixed_bytes: int  # needed with no row
     admitted_bytes: int = 0  # of rows let in since the last round
-    refused: int = 0  # rows turned away for want of room since then
+    refused: int = 0  # times a row was turned away for want of room since then
     ceiling_bytes: int | None = None  # this worker's own memory
 
 
@@ -34,6 +34,8 @@ class RoundState:
     threshold: float  # in force now
     levels: tuple[float, ...]
     row_bytes: tuple[int, ...]  # of a row of width 0..k
+    steps_since: int = 1  # steps since the last round
+    steps_ahead: int = 1  # fewest steps to the next one
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,6 @@ class Decision:
 
     threshold: float  # global
     thresholds: tuple[float, ...]  # by shard; above the global one where a shard's own memory is short
-    limits: tuple[int | None, ...]  # bytes by shard, summing to no more than the budget
     planned_bytes: int  # of all shards once rows are resized, fixed parts included
     changed_bytes: int  # given back or newly taken by rows, at least
     skipped: bool
@@ -57,7 +58,7 @@ def decide(reports: Sequence[ShardReport], state: RoundState, policy: PolicyConf
     fixed = sum(report.fixed_bytes for report in reports)
     if state.budget_bytes is None and all(report.ceiling_bytes is None for report in reports):
         total = int(planned_bytes(histogram[0], 0.0, state.levels, state.row_bytes)) + fixed
-        return Decision(0.0, (0.0,) * len(reports), (None,) * len(reports), total, 0, skipped=state.threshold == 0)
+        return Decision(0.0, (0.0,) * len(reports), total, 0, skipped=state.threshold == 0)
     threshold = _threshold(reports, state, policy, histogram[0], fixed)
     thresholds = tuple(max(threshold, _own_threshold(report, state)) for report in reports)
     planned = [
@@ -69,15 +70,16 @@ def decide(reports: Sequence[ShardReport], state: RoundState, policy: PolicyConf
     crowded = any(report.refused for report in reports)
     skipped = changed < policy.min_change * scale and not crowded and threshold >= state.threshold and state.threshold > 0
     skipped |= threshold == 0 == state.threshold and not crowded
-    return Decision(threshold, thresholds, _limits(reports, planned, state.budget_bytes), sum(planned), changed, skipped)
+    return Decision(threshold, thresholds, sum(planned), changed, skipped)
 
 
 def _threshold(reports: Sequence[ShardReport], state: RoundState, policy: PolicyConfig, rows: np.ndarray, fixed: int) -> float:
     """The global threshold. What a shard with a ceiling cannot use is offered to the others."""
     if state.budget_bytes is None:
         return 0.0
-    admitted = sum(report.admitted_bytes for report in reports)
-    headroom = min(policy.headroom * state.budget_bytes, max(_LEAST_HEADROOM * state.budget_bytes, _AHEAD * admitted))
+    asked = sum(report.admitted_bytes + report.refused * state.row_bytes[1] for report in reports)
+    ahead = _AHEAD * asked * state.steps_ahead / max(1, state.steps_since)
+    headroom = min(policy.headroom * state.budget_bytes, max(_LEAST_HEADROOM * state.budget_bytes, ahead))
     target = state.budget_bytes - fixed - headroom
     threshold = find_threshold(rows, target, state.levels, state.row_bytes)
     capped = [report for report in reports if _own_threshold(report, state) > threshold]
@@ -104,15 +106,10 @@ def _changed_bytes(histogram: np.ndarray, threshold: float, state: RoundState) -
     return int(np.abs(wanted - histogram[1]).sum())
 
 
-def _limits(reports: Sequence[ShardReport], planned: Sequence[int], budget: int | None) -> tuple[int | None, ...]:
-    """Each shard's plan and a share of what is left in proportion to it: more bytes where more of the important rows are."""
-    if budget is None:
-        return tuple(report.ceiling_bytes for report in reports)
-    left = max(0, budget - sum(planned))
-    total = max(1, sum(planned))
-    limits: list[int | None] = []
-    for report, plan in zip(reports, planned, strict=True):
-        limit = plan + left * plan // total
-        limits.append(limit if report.ceiling_bytes is None else min(limit, report.ceiling_bytes))
-    over = sum(limit or 0 for limit in limits) - budget
-    return tuple(limits) if over <= 0 else tuple((limit or 0) * budget // (budget + over) for limit in limits)
+def shard_limit(budget_bytes: int, planned_bytes: int, planned_by_all: int, workers: int, ceiling_bytes: int | None) -> int:
+    """Bytes a shard may take until the next round: what its rows are planned to take, and an even part of what is left.
+
+    More bytes where more of the important rows are; all limits together are never more than the budget.
+    """
+    limit = planned_bytes + (budget_bytes - planned_by_all) // workers
+    return limit if ceiling_bytes is None else min(limit, ceiling_bytes)

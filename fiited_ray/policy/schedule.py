@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fiited_ray.config import PolicyConfig
 
-_PRESSED = 50  # rows that find no room bring a round forward to this fraction of the gap
+_PRESSED = 20  # rows that find no room bring a round forward to this fraction of the gap
 
 
 class RoundSchedule:
@@ -19,10 +19,16 @@ class RoundSchedule:
     def due(self, step: int, crowded: bool) -> bool:
         """Whether a round is to be held after this step. `crowded`: rows were turned away for want of room."""
         passed = step - self.last_step
-        return passed >= self.gap or (crowded and passed >= max(1, self.gap // _PRESSED))
+        return passed >= self.gap or (crowded and passed >= self.shortest_gap)
+
+    @property
+    def shortest_gap(self) -> int:
+        """Fewest steps from one round to the next."""
+        return max(1, self.gap // _PRESSED)
 
     def held(self, step: int) -> None:
-        """Note a round after `step`; the next gap doubles until it reaches the interval."""
+        """Note a round after `step`. Once one comes in its own time, the next gap doubles until it reaches the interval."""
+        if step - self.last_step >= self.gap:
+            self.gap = min(self._interval, 2 * self.gap)
         self.last_step = step
         self.rounds += 1
-        self.gap = min(self._interval, 2 * self.gap)

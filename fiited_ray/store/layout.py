@@ -38,6 +38,7 @@ class ShardSpec:
     init_scale: float
     restore_scale: float
     decay: float
+    narrow_lr_power: float
     levels: tuple[float, ...]
 
     @staticmethod
@@ -67,6 +68,7 @@ class ShardSpec:
             init_scale=embedding.init_scale,
             restore_scale=embedding.restore_scale,
             decay=policy.decay,
+            narrow_lr_power=embedding.narrow_lr_power,
             levels=tuple(policy.alpha**chunk for chunk in range(chunks)),
         )
 
@@ -117,7 +119,7 @@ class ShardSpec:
             self.sketch_sets,
             self.limit_bytes or 0,
         ]
-        floats = [self.eps, *self.betas, self.init_scale, self.restore_scale, self.decay, *self.levels]
+        floats = [self.eps, *self.betas, self.init_scale, self.restore_scale, self.decay, self.narrow_lr_power, *self.levels]
         return ints, floats
 
 

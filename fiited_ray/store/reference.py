@@ -125,8 +125,8 @@ class ReferenceShard:
             if training:
                 self.lookups += count
                 self.hits += count if row else 0
-                if row is None and self.threshold == 0 and (mix64((key + _GOLDEN * step) & _MASK) >> 32) < quota:
-                    row = self._admit(key, table, self.spec.chunks, F32(0))
+                if row is None and self.threshold == 0:
+                    row = self._ask(key, table, self.spec.chunks, F32(0), step, quota)
             widths.append(row.width if row else 0)
             if row and with_values:
                 vectors.append(row.vector)
@@ -135,7 +135,7 @@ class ReferenceShard:
             keys, tables, counts, torch.empty(len(widths), dtype=torch.int32), torch.tensor(widths, dtype=torch.uint8), torch.from_numpy(values.copy())
         )
 
-    def update(self, found: Lookup, gradients: Tensor, lookup_norms: Tensor | None, lr: float, step: int) -> None:
+    def update(self, found: Lookup, gradients: Tensor, lookup_norms: Tensor | None, lr: float, step: int, quota: int = ALL_KEYS) -> None:
         self._advance(step)
         flat, at = gradients.numpy(), 0
         for number, (key, table, count) in enumerate(self._ids(found.keys, found.tables, found.counts)):
@@ -154,9 +154,9 @@ class ReferenceShard:
             row = self.rows.get((key, table))
             if row is not None:
                 row.importance = F32(row.importance + gain)
-                self._learn(row, gradient[:live], lr, step)
+                self._learn(row, gradient[:live], lr * (self.spec.chunks / width) ** self.spec.narrow_lr_power, step)
             else:
-                self._win_row(key, table, F32(gain))
+                self._win_row(key, table, F32(gain), step, quota)
 
     def histogram(self) -> Tensor:
         out = torch.zeros(2, 2048, dtype=torch.int64)
@@ -200,6 +200,12 @@ class ReferenceShard:
         importance = F32(scaled * (F32(1) / self._scale))
         return sum(bool(importance > F32(self.threshold * level)) for level in self.spec.levels)
 
+    def _ask(self, key: int, table: int, width: int, scaled: np.float32, step: int, quota: int) -> _Row | None:
+        if (mix64((key + _GOLDEN * step) & _MASK) >> 32) < quota:
+            return self._admit(key, table, width, scaled)
+        self.refused += 1
+        return None
+
     def _admit(self, key: int, table: int, width: int, scaled: np.float32) -> _Row | None:
         if self.limit is not None and self.planned + self.row_bytes[width] > self.limit:
             self.refused += 1
@@ -211,12 +217,12 @@ class ReferenceShard:
         self.admitted += 1
         return row
 
-    def _win_row(self, key: int, table: int, gain: np.float32) -> None:
+    def _win_row(self, key: int, table: int, gain: np.float32, step: int, quota: int) -> None:
         estimate = self.sketch.add(key, gain)
         if self.threshold == 0:
             return
         width = self._width(estimate)
-        if width > 0 and self._admit(key, table, width, estimate) is not None:
+        if width > 0 and self._ask(key, table, width, estimate, step, quota) is not None:
             self.sketch.forget(key)
 
     def _reshape(self, key: int, table: int, row: _Row, width: int) -> None:

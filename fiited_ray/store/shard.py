@@ -61,6 +61,7 @@ class ShardStats:
     resized: int
     evicted: int
     admitted_bytes: int
+    asked_bytes: int  # of rows worth having, let in or not, since the store was made
 
 
 @dataclass(frozen=True)
@@ -110,29 +111,44 @@ class VhpiShard:
         answer = self._ops.store_lookup(self._handle, keys, tables, counts, training, step, quota, with_values)
         return Lookup(keys, tables, counts, *answer)
 
-    def update(self, found: Lookup, gradients: Tensor, lookup_norms: Tensor | None, lr: float, step: int) -> None:
+    def update(self, found: Lookup, gradients: Tensor, lookup_norms: Tensor | None, lr: float, step: int, quota: int = ALL_KEYS) -> None:
         """Add importance and take an optimizer step.
 
         Args:
             gradients: float32, in the order of the keys, each width * c values and, where width < k, c more: the missing
                 chunks folded into one.
             lookup_norms: float32 [U] sum of the lookups' gradient norms; needed by importance `lookup_norm_sum` only.
+            quota: share, of 2**32, of the absent keys worth a row that may get one now.
 
         Raises:
             RuntimeError: for a gradient that is not finite (naming table and id), or rows resized since their lookup.
         """
         self._ops.store_update(
-            self._handle, found.keys, found.tables, found.addresses, found.widths, found.counts, gradients, lookup_norms, lr, step
+            self._handle, found.keys, found.tables, found.addresses, found.widths, found.counts, gradients, lookup_norms, lr, step, quota
         )
 
     def histogram(self) -> Tensor:
         """int64 [2, 2048]: rows, and their planned bytes, by importance bin."""
         return self._ops.store_histogram(self._handle)
 
-    def resize(self, threshold: float) -> None:
-        """Give every row the width its importance earns: shrink and evict first, then grow."""
-        self._ops.store_resize(self._handle, threshold)
+    def shrink(self, threshold: float) -> int:
+        """First half of a round: rows that earn less at this threshold are narrowed or evicted.
+
+        Returns:
+            planned bytes that `grow` will want.
+        """
         self.threshold = threshold
+        growth: int = self._ops.store_shrink(self._handle, threshold)
+        return growth
+
+    def grow(self) -> None:
+        """Second half of a round: the other rows get the width they earn, as far as the limit allows."""
+        self._ops.store_grow(self._handle)
+
+    def resize(self, threshold: float) -> None:
+        """A whole round: shrink, then grow."""
+        self.shrink(threshold)
+        self.grow()
 
     def set_limit(self, limit_bytes: int | None) -> None:
         self._ops.store_set_limit(self._handle, limit_bytes or 0)

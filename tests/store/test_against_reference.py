@@ -47,7 +47,7 @@ def test_random_histories_give_the_same_rows(seed: int, optimizer: str, importan
         assert torch.equal(answers[0].widths, answers[1].widths)
         torch.testing.assert_close(answers[0].values, answers[1].values, rtol=1e-3, atol=1e-4)
         for each, found in zip((shard, twin), answers, strict=True):
-            each.update(found, fold(gradient, found.widths, spec), gradient.norm(dim=1), 0.05, step)
+            each.update(found, fold(gradient, found.widths, spec), gradient.norm(dim=1), 0.05, step, 3 * 2**30)
         if random.random() < 0.3:
             threshold = float(np.float32(random.choice([0.0, 0.01, 0.3, 2.0, 50.0])))
             shard.resize(threshold)

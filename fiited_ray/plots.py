@@ -1,0 +1,116 @@
+"""Pictures of a run. Plain numbers in, matplotlib figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fiited_ray.policy.histogram import BINS, bin_edges
+
+MIB = 2**20
+# Okabe and Ito's palette, told apart with any colour vision
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999"
+_PARTS = {"payload": BLUE, "optimizer": SKY, "index": ORANGE, "sketch": GREEN, "slack": GREY}
+
+Series = Mapping[str, Sequence[float]]
+
+
+def bytes_over_time(steps: Sequence[int], values: Series, title: str) -> Figure:
+    """Allocated bytes by part, stacked, below the budget."""
+    figure, axes = _figure(f"Embedding bytes by part{title}", "step", "MiB")
+    stacks = [np.asarray(values[f"bytes/{part}"]) / MIB for part in _PARTS]
+    axes.stackplot(steps, stacks, labels=list(_PARTS), colors=list(_PARTS.values()), alpha=0.9)
+    if "bytes/budget" in values:
+        axes.axhline(values["bytes/budget"][-1] / MIB, color=RED, linestyle="--", label="budget")
+    dense = values["bytes/dense_equivalent"][-1] / MIB
+    axes.text(0.01, 0.97, f"full-width tables for the ids seen: {dense:,.1f} MiB", transform=axes.transAxes, va="top", fontsize=9)
+    axes.set_ylim(0, 1.2 * max(max(np.sum(stacks, 0)), values["bytes/budget"][-1] / MIB if "bytes/budget" in values else 0))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def quality_over_time(steps: Sequence[int], values: Series, final: Mapping[str, float], title: str) -> Figure:
+    """AUC and normalised entropy of training batches, each scored before it was learned from; dashed: at the end."""
+    figure, axes = _figure(f"Quality{title}", "step", "AUC (higher is better)")
+    axes.plot(steps, values["train/auc"], color=BLUE, label="AUC")
+    right = axes.twinx()
+    right.plot(steps, values["train/ne"], color=ORANGE, label="normalised entropy")
+    right.set_ylabel("normalised entropy (lower is better)")
+    for name, colour, on in (("eval/auc", BLUE, axes), ("eval/ne", ORANGE, right)):
+        if name in final:
+            on.axhline(final[name], color=colour, linestyle="--", linewidth=1)
+            on.annotate(f"test {final[name]:.4f}", (steps[0], final[name]), color=colour, fontsize=9, va="bottom")
+    lines = [*axes.get_lines()[:1], *right.get_lines()[:1]]
+    axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower center", frameon=False)
+    return figure
+
+
+def widths_by_table(tables: Sequence[str], rows: np.ndarray, title: str) -> Figure:
+    """Share of each table's rows by width. rows: int64 [tables, chunks]."""
+    figure, axes = _figure(f"Rows by width{title}", "share of the table's rows", "", height=1.2 + 0.27 * len(tables))
+    totals = np.maximum(rows.sum(1), 1)
+    left = np.zeros(len(tables))
+    shades = np.linspace(0.25, 1.0, rows.shape[1])
+    for chunk in range(rows.shape[1]):
+        share = rows[:, chunk] / totals
+        axes.barh(range(len(tables)), share, left=left, color=BLUE, alpha=shades[chunk], label=f"{chunk + 1} chunk{'s' if chunk else ''}")
+        left += share
+    axes.set_yticks(range(len(tables)), [f"{table} ({count:,})" for table, count in zip(tables, rows.sum(1), strict=True)], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def importance_histogram(rows: np.ndarray, threshold: float, levels: Sequence[float], title: str) -> Figure:
+    """Rows by importance, and where the widths are cut. rows: int64 [2048], before the round."""
+    figure, axes = _figure(f"Importance of resident rows at the last round{title}", "importance (decayed sum of frequency x gradient norm)", "rows per bin")
+    edges = bin_edges()
+    grouped = rows.reshape(-1, 8).sum(1)
+    edges_shown = edges[np.arange(0, BINS, 8)]
+    used = np.flatnonzero(grouped)
+    if len(used):
+        shown = slice(max(1, used[0] - 1), used[-1] + 2)
+        axes.step(edges_shown[shown], grouped[shown], where="post", color=BLUE)
+        axes.fill_between(edges_shown[shown], grouped[shown], step="post", color=SKY, alpha=0.5)
+    axes.set_xscale("log")
+    for width, level in enumerate(levels, 1):
+        if threshold > 0:
+            axes.axvline(threshold * level, color=RED, linewidth=1.5 if width == 1 else 0.8, linestyle="-" if width == 1 else ":")
+            name = f"threshold {threshold:.2g}\nwidth 1" if width == 1 else f"width {width}"
+            axes.annotate(name, (threshold * level, 1), xycoords=("data", "axes fraction"), color=RED, fontsize=8, rotation=90, va="top", ha="right")
+    return figure
+
+
+def hit_rate(steps: Sequence[int], values: Series, title: str) -> Figure:
+    """Share of lookups that found a row, and rows resident."""
+    figure, axes = _figure(f"Lookups that find a row{title}", "step", "share of lookups")
+    axes.plot(steps, values["lookup/hit_rate"], color=GREEN)
+    axes.set_ylim(0, 1.02)
+    right = axes.twinx()
+    right.plot(steps, values["rows/total"], color=GREY)
+    right.set_ylabel("rows resident (grey)")
+    return figure
+
+
+def time_by_phase(steps: Sequence[int], values: Series, title: str) -> Figure:
+    """Milliseconds a step spends in each phase, on rank 0."""
+    figure, axes = _figure(f"Time by phase{title}", "step", "ms per step")
+    phases = [name for name in ("time/data", "time/route", "time/gather", "time/model", "time/update", "time/round") if name in values]
+    stacks = [1000 * np.nan_to_num(np.asarray(values[name])) for name in phases]
+    axes.stackplot(steps, stacks, labels=[name.removeprefix("time/") for name in phases], colors=[GREY, ORANGE, SKY, BLUE, GREEN, RED])
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def _figure(title: str, x: str, y: str, height: float = 4.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,46 @@
+"""What a person reads at the end of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fiited_ray.train.trainer import Outcome, Plan
+
+_MIB = 2**20
+
+
+def summary(plan: Plan, outcome: Outcome) -> str:
+    """A table of quality, bytes, rows and speed, and how to look at the run."""
+    values, config = outcome.metrics, plan.config
+    lines = ["", f"run {config.name!r}{' on synthetic data' if plan.files.synthetic else ''}"]
+    for kind, name in (("eval", "test set"), ("progressive", "each batch before learning from it")):
+        if f"{kind}/auc" in values:
+            lines.append(
+                f"  quality ({name}): AUC {values[f'{kind}/auc']:.4f}, NE {values[f'{kind}/ne']:.4f}, "
+                f"log loss {values[f'{kind}/logloss']:.4f}, calibration {values[f'{kind}/calibration']:.3f}"
+            )
+    lines.append("  embedding memory")
+    total = values["bytes/total"]
+    for part in ("payload", "optimizer", "index", "sketch", "slack"):
+        size = values[f"bytes/{part}"]
+        lines.append(f"    {part:<18}{size / _MIB:>10.2f} MiB {size / total:>7.1%}")
+    lines.append(f"    {'total':<18}{total / _MIB:>10.2f} MiB")
+    if "bytes/budget" in values:
+        budget = values["bytes/budget"]
+        lines.append(f"    {'most at any step':<18}{values['bytes/peak_of_run'] / _MIB:>10.2f} MiB {values['bytes/peak_of_run'] / budget:>7.1%} of the budget")
+        lines.append(f"    {'budget':<18}{budget / _MIB:>10.2f} MiB")
+    dense = values["bytes/dense_equivalent"]
+    lines.append(f"    {'dense equivalent':<18}{dense / _MIB:>10.2f} MiB  full width for the ids seen, with optimizer state")
+    lines.append(f"  bytes are {total / dense:.2%} of the dense equivalent; {1 - values['parameters/kept_share']:.2%} of the parameters are gone")
+    chunk = config.embedding.chunk
+    widths = [f"{width * chunk} dims: {values[f'rows/width_{width}']:,.0f}" for width in range(1, config.embedding.dim // chunk + 1)]
+    lines.append(f"  rows {values['rows/total']:,.0f} ({', '.join(widths)})")
+    lines.append(f"  training {values['speed/samples_per_s_of_run']:,.0f} samples/s with {config.train.workers} worker(s)")
+    lines.append(f"  model {outcome.model_folder}")
+    if outcome.run.ui_command:
+        lines.append(f"  see it in MLflow: {outcome.run.ui_command}")
+        lines.append(f"                    then open {outcome.run.page}")
+    else:
+        lines.append(f"  see it in MLflow: {outcome.run.page}")
+    return "\n".join(lines)

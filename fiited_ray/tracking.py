@@ -1,0 +1,137 @@
+"""The one MLflow writer. The driver makes the run and ends it; in between rank 0 alone writes to it.
+
+Every call names its store: there is no global MLflow state. Metric names are stable (see docs/metrics.md).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from fiited_ray.config import Config, ConfigError
+
+_PARAMS_AT_ONCE = 100
+_LONGEST_PARAM = 6000
+_METRICS_AT_ONCE = 1000
+_SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """A run and where it is written; passed to the worker that writes it."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+    @property
+    def ui_command(self) -> str:
+        """The command that opens the UI on this store; empty where a server is already there."""
+        return f"mlflow ui --host 127.0.0.1 --backend-store-uri {self.uri}" if self.uri.startswith("sqlite:") else ""
+
+    @property
+    def page(self) -> str:
+        """Address of this run's page in the UI."""
+        server = "http://127.0.0.1:5000" if self.uri.startswith("sqlite:") else redact(self.uri).rstrip("/")
+        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+
+def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
+    """Make a run with its parameters, tags and resolved configuration.
+
+    Raises:
+        ConfigError: when the tracking store cannot be reached.
+    """
+    uri = absolute_uri(config.tracking.uri)
+    try:
+        client = MlflowClient(uri)
+        experiment = _experiment(client, uri, config.tracking.experiment)
+        run = client.create_run(experiment, run_name=config.name, tags={"fiited_ray.version": _version(), **tags})
+    except MlflowException as error:
+        raise ConfigError(f"tracking.uri {redact(uri)}: {error}") from error
+    ref = RunRef(uri, experiment, run.info.run_id)
+    flat = config.flat() | {"tracking.uri": redact(uri)}
+    params = [Param(_metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
+    for begin in range(0, len(params), _PARAMS_AT_ONCE):
+        client.log_batch(ref.run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
+    client.log_text(ref.run_id, config.to_yaml().replace(config.tracking.uri, redact(config.tracking.uri)), "config.yaml")
+    return ref
+
+
+def finish(ref: RunRef, status: str) -> None:
+    """End a run: FINISHED, FAILED or KILLED."""
+    MlflowClient(ref.uri).set_terminated(ref.run_id, status)
+
+
+class RunWriter:
+    """Rank 0's pen."""
+
+    def __init__(self, ref: RunRef) -> None:
+        self.ref = ref
+        self._client = MlflowClient(ref.uri)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values of one step. A NaN says that a metric is undefined there (AUC of one class) and leaves a gap."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(_metric_safe(name), value, now, step) for name, value in values.items() if not math.isnan(value)]
+        for begin in range(0, len(metrics), _METRICS_AT_ONCE):
+            self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
+
+    def tag(self, name: str, value: str) -> None:
+        self._client.log_batch(self.ref.run_id, tags=[RunTag(name, value)])
+
+    def figure(self, name: str, figure: Figure) -> None:
+        self._client.log_figure(self.ref.run_id, figure, name)
+
+
+def absolute_uri(uri: str) -> str:
+    """A relative SQLite path becomes absolute, so that workers in other folders write the same file."""
+    if uri.startswith(_SQLITE):
+        path = Path(uri[len(_SQLITE) :])
+        return f"{_SQLITE}{path if path.is_absolute() else Path.cwd() / path}"
+    return uri
+
+
+def redact(uri: str) -> str:
+    """The address without user and password."""
+    parts = urlsplit(uri)
+    return uri if parts.password is None and parts.username is None else urlunsplit(parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}"))
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = None
+    if uri.startswith(_SQLITE):  # artifacts lie beside the database, wherever the UI is started from
+        location = (Path(uri[len(_SQLITE) :]).parent / "mlartifacts" / re.sub(r"[^A-Za-z0-9._-]", "_", name)).as_uri()
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException:
+        found = client.get_experiment_by_name(name)  # another run was faster
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def _metric_safe(name: str) -> str:
+    """MLflow takes letters, digits, and _-./ and spaces."""
+    return re.sub(r"[^\w\-./ ]", "_", name)
+
+
+def _version() -> str:
+    try:
+        return version("fiited-ray")
+    except PackageNotFoundError:
+        return "source"

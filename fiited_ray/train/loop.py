@@ -1,0 +1,257 @@
+"""The worker's loop, top to bottom: batch -> vectors -> logits -> loss -> backward (which updates the store) -> now and then a round.
+
+Runs the same in a Ray Train worker and in a plain process; what differs comes in as arguments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fiited_ray.config import Config
+from fiited_ray.coordinator import Decider
+from fiited_ray.data.batch import Batch
+from fiited_ray.embedding import PhaseTimes, ShardedEmbedding
+from fiited_ray.exchange import Exchange
+from fiited_ray.models import build_model
+from fiited_ray.policy import Decision, RoundSchedule, RoundState, ShardReport, shard_limit
+from fiited_ray.store import ShardSpec, VhpiShard
+from fiited_ray.train.metrics import BinaryMetrics
+from fiited_ray.train.report import History, StoreTotals
+
+Batches = Callable[[], Iterable[Batch]]  # opens the data anew
+
+
+class Writer(Protocol):
+    """Where rank 0 sends its metrics."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+@dataclass
+class Worker:
+    """One worker's model, store and place among the others."""
+
+    config: Config
+    budget_bytes: int | None
+    exchange: Exchange
+    decider: Decider
+    writer: Writer | None = None  # of rank 0
+    tell: Callable[[str], None] = lambda text: None  # progress, for a person
+    history: History = field(default_factory=History)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.spec = ShardSpec.of(config, self.budget_bytes, self.exchange.rank, self.exchange.workers)
+        self.shard = VhpiShard(self.spec)
+        self.times = PhaseTimes()
+        mean = config.embedding.pooling == "mean"
+        self.embedding = ShardedEmbedding(self.shard, self.exchange, config.data.feature_tables, config.embedding.lr, mean, self.times)
+        self.dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
+        self.model: nn.Module = DistributedDataParallel(self.dense) if self.exchange.workers > 1 else self.dense
+        self.optimizer = _optimizer(config, self.model)
+        self.schedule = RoundSchedule(config.policy)
+        self.threshold = 0.0  # the global one, in force since the last round
+        self.losses: list[float] = []  # of the global batches
+        self.window = BinaryMetrics()  # of training batches since the last report, each scored before it was learned from
+        self.progressive = BinaryMetrics()  # of all training batches
+        self.window_start = (time.perf_counter(), 0, 0)  # clock, samples, bytes sent
+        self.samples = 0
+        self.training_seconds = 0.0  # evaluation apart
+        self.last_totals: StoreTotals | None = None
+
+    @property
+    def step(self) -> int:
+        return self.embedding.step
+
+
+def train(worker: Worker, batches: Batches, test: Batches | None = None) -> dict[str, float]:
+    """Train for the configured epochs or steps; returns the final metrics, the same on every worker."""
+    config = worker.config
+    for _ in range(config.train.epochs):
+        clock = time.perf_counter()
+        for batch in _timed(batches(), worker.times):
+            train_step(worker, batch)
+            if worker.schedule.due(worker.step, worker.embedding.crowded):
+                with worker.times.phase("round"):
+                    hold_round(worker)
+            if worker.step % config.tracking.log_every == 0:
+                report(worker)
+            worker.training_seconds += time.perf_counter() - clock
+            if test and config.train.eval_every and worker.step % config.train.eval_every == 0:
+                _log(worker, {f"eval/{name}": value for name, value in evaluate(worker, test()).items()})
+            if worker.step == config.train.max_steps:
+                break
+            clock = time.perf_counter()
+        if worker.step == config.train.max_steps:
+            break
+    results = {f"progressive/{name}": value for name, value in _shared(worker, worker.progressive).items()} if config.train.progressive else {}
+    if test:
+        results |= {f"eval/{name}": value for name, value in evaluate(worker, test()).items()}
+    if worker.history.reported < len(worker.losses):
+        report(worker)
+    results["bytes/peak_of_run"] = max(worker.history.values["bytes/peak"])
+    results["speed/samples_per_s_of_run"] = worker.samples / worker.training_seconds
+    _log(worker, results)
+    return worker.history.last | results
+
+
+def train_step(worker: Worker, batch: Batch) -> None:
+    """Forward, backward and both updates on this worker's slice of a global batch.
+
+    The loss is the mean over the global batch, so slices may differ in size or be empty: each worker's share is scaled such that
+    averaging over workers, as DistributedDataParallel and the embedding do, gives that mean.
+    """
+    batch.validate(worker.config.data.features, worker.config.data.dense)
+    worker.model.train()
+    worker.embedding.train()
+    vectors_BFD = worker.embedding(batch)
+    totals = worker.embedding.totals
+    assert totals is not None
+    with worker.times.phase("model"):
+        logits_B = worker.model(batch.dense, vectors_BFD)
+        loss_sum = nn.functional.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="sum")
+        loss = loss_sum * (worker.exchange.workers / max(1, totals.rows))
+        worker.optimizer.zero_grad(set_to_none=True)
+    inner = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update"))
+    start = time.perf_counter()
+    loss.backward()
+    with worker.times.phase("model"):
+        worker.optimizer.step()
+    spent_inside = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update")) - inner
+    worker.times.seconds["model"] += time.perf_counter() - start - spent_inside
+    scores = logits_B.detach()
+    worker.window.update(scores, batch.labels)
+    if worker.config.train.progressive:
+        worker.progressive.update(scores, batch.labels)
+    worker.losses.append(float(loss_sum.detach()) / max(1, totals.rows))
+    worker.samples += totals.rows
+
+
+def hold_round(worker: Worker) -> None:
+    """Report to the coordinator and resize by its decision; without one on every worker, the round is skipped."""
+    shard = worker.shard
+    stats = shard.stats()
+    report_ = ShardReport(
+        shard.histogram().numpy(), stats.fixed, stats.admitted_bytes, stats.refused, worker.config.policy.max_shard_bytes
+    )
+    _, row_bytes = worker.spec.plan()
+    state = RoundState(
+        worker.budget_bytes,
+        worker.threshold,
+        worker.spec.levels,
+        row_bytes,
+        worker.step - worker.schedule.last_step,
+        worker.schedule.shortest_gap,
+    )
+    decision = worker.decider.decide(worker.step, report_, state)
+    agreed = worker.exchange.all_reduce(torch.tensor([1.0 if decision is not None else 0.0]))
+    worker.schedule.held(worker.step)
+    if decision is None or int(agreed) < worker.exchange.workers:
+        return
+    if not decision.skipped:
+        _resize(worker, decision)
+    after = shard.stats()
+    moved = worker.exchange.all_reduce(
+        torch.tensor([after.admitted, after.refused, after.resized, after.evicted], dtype=torch.int64)
+    ).tolist()
+    shard.reset_round_counters()
+    names = ("policy/admitted", "policy/refused", "policy/resized", "policy/evicted")
+    values: dict[str, float] = dict(zip(names, map(float, moved), strict=True))
+    values |= {"policy/threshold": decision.threshold, "policy/round_bytes_changed": 0.0 if decision.skipped else float(decision.changed_bytes)}
+    _log(worker, values)
+    worker.history.importance = (decision.threshold, report_.histogram[0] if worker.exchange.workers == 1 else _summed(worker, report_.histogram[0]))
+
+
+def _resize(worker: Worker, decision: Decision) -> None:
+    """Shrink everywhere, deal the bytes anew, then grow: the shards together stay below the budget at every moment."""
+    shard, ceiling = worker.shard, worker.config.policy.max_shard_bytes
+    growth = shard.shrink(decision.thresholds[worker.exchange.rank])
+    planned = shard.stats().planned + growth
+    planned_by_all = int(worker.exchange.all_reduce(torch.tensor([planned]))[0])  # all have shrunk
+    if worker.budget_bytes is not None:
+        shard.set_limit(shard_limit(worker.budget_bytes, planned, planned_by_all, worker.exchange.workers, ceiling))
+    shard.grow()
+    worker.threshold = decision.threshold
+
+
+def evaluate(worker: Worker, batches: Iterable[Batch]) -> dict[str, float]:
+    """Score batches without learning; metrics over all workers."""
+    worker.model.eval()
+    worker.embedding.eval()
+    metrics = BinaryMetrics()
+    with torch.no_grad():
+        for batch in batches:
+            batch.validate(worker.config.data.features, worker.config.data.dense)
+            metrics.update(worker.dense(batch.dense, worker.embedding(batch)), batch.labels)
+    return _shared(worker, metrics)
+
+
+def report(worker: Worker) -> dict[str, float]:
+    """Share and log what the last steps did; returns it, the same on every worker."""
+    now, sent = time.perf_counter(), worker.exchange.bytes_sent
+    clock, samples, bytes_before = worker.window_start
+    steps = max(1, len(worker.losses) - worker.history.reported)
+    totals = StoreTotals.gather(worker.shard, worker.embedding.take_peak(), worker.exchange)
+    values = {f"train/{name}": value for name, value in _shared(worker, worker.window).items() if name != "rows"}
+    losses = worker.exchange.all_reduce(torch.tensor(worker.losses[worker.history.reported :], dtype=torch.float64))
+    values["train/loss"] = float(losses.mean()) if len(losses) else float("nan")
+    values |= totals.metrics(worker.config, worker.budget_bytes, worker.last_totals)
+    values["wire/bytes_per_step"] = float(worker.exchange.all_reduce(torch.tensor([(sent - bytes_before) / steps]))[0])
+    values |= {f"time/{phase}": seconds / steps for phase, seconds in worker.times.seconds.items()}
+    values["speed/samples_per_s"] = (worker.samples - samples) / max(1e-9, now - clock)
+    worker.history.reported = len(worker.losses)
+    worker.history.add(worker.step, values)
+    worker.last_totals = totals
+    worker.window_start = (now, worker.samples, sent)
+    worker.times.seconds.clear()
+    worker.window.reset()
+    _log(worker, values)
+    worker.tell(
+        f"step {worker.step}: loss {values['train/loss']:.4f}, AUC {values['train/auc']:.4f}, "
+        f"{values['bytes/total'] / 2**20:.1f} MiB, hits {values['lookup/hit_rate']:.1%}, {values['speed/samples_per_s']:,.0f} samples/s"
+    )
+    return values
+
+
+def _timed(batches: Iterable[Batch], times: PhaseTimes) -> Iterator[Batch]:
+    iterator = iter(batches)
+    while True:
+        with times.phase("data"):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+    return cast(torch.optim.Optimizer, kinds[config.train.optimizer](model.parameters(), lr=config.train.lr))
+
+
+def _shared(worker: Worker, metrics: BinaryMetrics) -> dict[str, float]:
+    return BinaryMetrics.from_state(worker.exchange.all_reduce(metrics.state()))
+
+
+def _summed(worker: Worker, rows: Any) -> Any:
+    total: Tensor = worker.exchange.all_reduce(torch.from_numpy(rows))
+    return total.numpy()
+
+
+def _log(worker: Worker, values: Mapping[str, float]) -> None:
+    if worker.writer is not None:
+        worker.writer.metrics(worker.step, values)
+
+
+def barrier() -> None:
+    """Wait for all workers, where there are several."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,27 @@
+"""The pictures every run leaves among its artifacts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fiited_ray import plots
+
+if TYPE_CHECKING:
+    from fiited_ray.tracking import RunWriter
+    from fiited_ray.train.loop import Worker
+
+
+def log_plots(writer: RunWriter, worker: Worker, final: dict[str, float], synthetic: bool) -> None:
+    """Draw and log the plots of a finished run; says so where the data are synthetic."""
+    history, config = worker.history, worker.config
+    steps, values = history.steps, history.values
+    title = " (synthetic data)" if synthetic else ""
+    writer.figure("plots/bytes.png", plots.bytes_over_time(steps, values, title))
+    writer.figure("plots/quality.png", plots.quality_over_time(steps, values, final, title))
+    writer.figure("plots/hit_rate.png", plots.hit_rate(steps, values, title))
+    writer.figure("plots/time.png", plots.time_by_phase(steps, values, title))
+    if worker.last_totals is not None:
+        writer.figure("plots/widths.png", plots.widths_by_table(config.data.tables, worker.last_totals.rows_by_width, title))
+    if history.importance is not None:
+        threshold, rows = history.importance
+        writer.figure("plots/importance.png", plots.importance_histogram(rows, threshold, worker.spec.levels, title))

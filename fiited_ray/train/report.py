@@ -1,0 +1,81 @@
+"""What a run tells: the stores' state over all workers as metrics with stable names, and their history for the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fiited_ray.config import Config
+from fiited_ray.exchange import Exchange
+from fiited_ray.store import VhpiShard
+
+_PARTS = ("payload", "optimizer", "index", "sketch", "slack", "total")
+
+
+@dataclass(frozen=True)
+class StoreTotals:
+    """All shards together."""
+
+    bytes: dict[str, int]  # by part, and total
+    peak_bytes: int  # sum of the shards' largest totals since the last report: never below the largest sum
+    distinct: int
+    lookups: int  # since the start, counted with repeats
+    hits: int
+    rows_by_width: np.ndarray  # int64 [tables, chunks]
+    dense_row_bytes: int
+    chunk: int
+
+    @staticmethod
+    def gather(shard: VhpiShard, peak_bytes: int, exchange: Exchange) -> StoreTotals:
+        """Sum over all workers, who all call this."""
+        stats = shard.stats()
+        mine = [*(getattr(stats, part) for part in _PARTS), max(peak_bytes, stats.peak), stats.distinct, stats.lookups, stats.hits]
+        numbers = torch.cat([torch.tensor(mine), shard.rows_by_width().flatten()])
+        summed = exchange.all_reduce(numbers).tolist()
+        parts, (peak, distinct, lookups, hits), rows = summed[:6], summed[6:10], summed[10:]
+        by_width = np.asarray(rows, np.int64).reshape(shard.spec.tables, shard.spec.chunks)
+        return StoreTotals(dict(zip(_PARTS, parts, strict=True)), peak, distinct, lookups, hits, by_width, shard.spec.dense_row_bytes, shard.spec.chunk)
+
+    def metrics(self, config: Config, budget_bytes: int | None, before: StoreTotals | None) -> dict[str, float]:
+        dense_equivalent = self.distinct * self.dense_row_bytes
+        widths = self.rows_by_width.sum(0)
+        parameters = float((widths * np.arange(1, len(widths) + 1)).sum() * self.chunk)
+        lookups = self.lookups - (before.lookups if before else 0)
+        hits = self.hits - (before.hits if before else 0)
+        values = {f"bytes/{part}": float(size) for part, size in self.bytes.items()}
+        values |= {
+            "bytes/peak": float(self.peak_bytes),
+            "bytes/dense_equivalent": float(dense_equivalent),
+            "bytes/ratio": self.bytes["total"] / max(1, dense_equivalent),
+            "parameters/kept_share": parameters / max(1, self.distinct * config.embedding.dim),
+            "rows/total": float(widths.sum()),
+            "lookup/hit_rate": hits / lookups if lookups else float("nan"),
+        }
+        if budget_bytes is not None:
+            values["bytes/budget"] = float(budget_bytes)
+        values |= {f"rows/width_{width + 1}": float(count) for width, count in enumerate(widths)}
+        values |= {f"rows/table/{table}": float(count) for table, count in zip(config.data.tables, self.rows_by_width.sum(1), strict=True)}
+        return values
+
+
+@dataclass
+class History:
+    """What rank 0 keeps of a run for its plots."""
+
+    reported: int = 0  # steps whose loss has been reported
+    steps: list[int] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    importance: tuple[float, np.ndarray] | None = None  # threshold and rows by importance bin, at the last round
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The latest values."""
+        return {name: series[-1] for name, series in self.values.items()}
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps.append(step)
+        for name, value in values.items():
+            self.values.setdefault(name, [float("nan")] * (len(self.steps) - 1)).append(value)

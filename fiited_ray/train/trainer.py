@@ -1,0 +1,185 @@
+"""The driver: checks what can be checked, plans the bytes, starts the run, the coordinator and the Ray Train workers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from fiited_ray import tracking
+from fiited_ray.config import Config, ConfigError
+from fiited_ray.coordinator import RemoteDecider, start_coordinator
+from fiited_ray.data import Batch, check_files, count_distinct, ray_batches, ray_dataset
+from fiited_ray.data.files import Files
+from fiited_ray.data.reader import data_config
+from fiited_ray.exchange import make_exchange
+from fiited_ray.store import ShardSpec
+from fiited_ray.store.layout import check_budget
+from fiited_ray.train import checkpoint
+from fiited_ray.train.loop import Worker, train
+from fiited_ray.train.plots_of_run import log_plots
+
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before any worker starts."""
+
+    config: Config
+    files: Files
+    test_files: Files | None
+    budget_bytes: int | None
+    distinct_ids: int | None  # counted only where the budget is a share
+    dense_equivalent_bytes: int | None
+
+    def describe(self) -> str:
+        budget = "none" if self.budget_bytes is None else f"{self.budget_bytes / 2**20:.2f} MiB"
+        lines = [f"training rows {self.files.total_rows:,}{' (synthetic)' if self.files.synthetic else ''}, embedding budget {budget}"]
+        if self.dense_equivalent_bytes is not None:
+            share = (self.budget_bytes or 0) / self.dense_equivalent_bytes
+            lines.append(
+                f"{self.distinct_ids:,} distinct ids (+-1 %): full-width tables and optimizer state would take "
+                f"{self.dense_equivalent_bytes / 2**20:.2f} MiB; the budget is {share:.2%} of that"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    metrics: dict[str, float]
+    model_folder: Path
+    run: tracking.RunRef
+
+
+def make_plan(config: Config) -> Plan:
+    """Check files and budget.
+
+    Raises:
+        DataError: for files that cannot be used.
+        ConfigError: for a budget below the smallest possible one, or a device that is not supported.
+    """
+    if config.train.use_gpu:
+        raise ConfigError("train.use_gpu: this build has the CPU store only; set it to false")
+    files = check_files(config.data.train, config.data)
+    test_files = check_files(config.data.test, config.data, "data.test") if config.data.test else None
+    if test_files is None and not config.train.progressive:
+        raise ConfigError("data.test is empty and train.progressive is false: nothing would be scored; set one of them")
+    budget, distinct, dense_equivalent = config.budget.bytes, None, None
+    if config.budget.share is not None:
+        print("counting distinct ids ...", flush=True)
+        distinct = count_distinct(files, config.data, config.data.max_rows)
+        dense_equivalent = distinct * ShardSpec.of(config, None).dense_row_bytes
+        budget = int(dense_equivalent * config.budget.share)
+    check_budget(config, budget)
+    return Plan(config, files, test_files, budget, distinct, dense_equivalent)
+
+
+def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
+    """Train on Ray Train workers and log to MLflow. Starts Ray on this machine unless it is already connected.
+
+    Raises:
+        RuntimeError: with the first worker's error.
+    """
+    config = plan.config
+    workers = config.train.workers
+    if not ray.is_initialized():
+        # Workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores.
+        address = os.environ.get("RAY_ADDRESS")
+        here = {} if address else {"num_cpus": max(os.cpu_count() or 1, workers + 2), "include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, logging_level="error", **here)
+    run_ref = tracking.create_run(config, {"synthetic_data": str(plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic))})
+    coordinator = start_coordinator(config.policy, workers)
+    datasets = {"train": ray_dataset(plan.files, config.data, config.data.max_rows)}
+    if plan.test_files:
+        datasets["test"] = ray_dataset(plan.test_files, config.data)
+    trainer = ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config={"plan": plan, "run": run_ref, "coordinator": coordinator},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        datasets=datasets,
+        dataset_config=data_config(),
+        run_config=ray.train.RunConfig(name=config.name, storage_path=str(Path(config.output).resolve())),
+    )
+    finished = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(coordinator, finished, progress), daemon=True)
+    watcher.start()
+    try:
+        result = trainer.fit()
+    except BaseException as error:
+        tracking.finish(run_ref, "FAILED")
+        if isinstance(error, WorkerGroupError):
+            rank, first = min(error.worker_failures.items())
+            raise RuntimeError(f"worker {rank}: {first}") from error
+        raise
+    finally:
+        finished.set()
+        watcher.join()
+        ray.kill(coordinator)
+    tracking.finish(run_ref, "FINISHED")
+    assert result.checkpoint is not None
+    assert result.metrics is not None
+    return Outcome(result.metrics, Path(result.checkpoint.path), run_ref)
+
+
+def _watch(coordinator: Any, finished: threading.Event, progress: Callable[[str], None]) -> None:
+    """Print what rank 0 tells the coordinator, as long as the run lasts."""
+    last = ""
+    while not finished.wait(_POLL_SECONDS):
+        try:
+            text = ray.get(coordinator.progress.remote(), timeout=5)
+        except ray.exceptions.RayError:
+            continue
+        if text and text != last:
+            progress(text)
+            last = text
+
+
+def _work(setup: dict[str, Any]) -> None:
+    """One Ray Train worker."""
+    plan: Plan = setup["plan"]
+    config = plan.config
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(config.train.threads)
+    writer = tracking.RunWriter(setup["run"]) if rank == 0 else None
+    tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
+    worker = Worker(config, plan.budget_bytes, make_exchange(), RemoteDecider(setup["coordinator"], rank), writer, tell)
+
+    def open_shard(name: str, batch_size: int) -> Callable[[], Iterable[Batch]]:
+        return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers)
+
+    batch_size = config.train.batch_size
+    metrics = train(worker, open_shard("train", batch_size), open_shard("test", batch_size * 4) if plan.test_files else None)
+    if writer is not None:
+        log_plots(writer, worker, metrics, plan.files.synthetic)
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder), worker)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def save(folder: Path, worker: Worker) -> None:
+    """Write this worker's part of the model; rank 0 adds the dense part and a manifest of all files. All workers call this."""
+    names = [checkpoint.save_rows(folder, worker.exchange.rank, worker.shard)]
+    if worker.exchange.rank == 0:
+        names += checkpoint.save_dense(folder, worker.config, worker.dense)
+    files = checkpoint.describe(folder, names)
+    everyone: list[Any] = [files]
+    if dist.is_initialized() and worker.exchange.workers > 1:
+        everyone = [None] * worker.exchange.workers
+        dist.all_gather_object(everyone, files)
+    if worker.exchange.rank == 0:
+        checkpoint.save_manifest(folder, {name: facts for each in everyone for name, facts in each.items()}, worker.step)

@@ -1,0 +1,32 @@
+"""Train a model: python jobs/train.py --config FILE.yaml [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fiited_ray.config import ConfigError, load
+from fiited_ray.data import DataError
+from fiited_ray.summary import summary
+from fiited_ray.train.trainer import make_plan, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file, such as jobs/configs/synthetic.yaml")
+    parser.add_argument("overrides", nargs="*", help="settings such as budget=64MiB or train.workers=4")
+    arguments = parser.parse_args()
+    try:
+        config = load(arguments.config, arguments.overrides)
+        plan = make_plan(config)
+        print(plan.describe(), flush=True)
+        outcome = run(plan, lambda text: print(text, flush=True))
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(summary(plan, outcome))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
