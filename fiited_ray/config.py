@@ -261,7 +261,7 @@ class Config:
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
-        _require(re.fullmatch(r"[A-Za-z0-9._-]+", self.name) is not None, "name: letters, digits, '.', '_' and '-' only", self.name)
+        _require(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name) is not None, "name: letters, digits, '.', '_' and '-' only, not '.' first", self.name)
         _require(self.data.time is None or self.train.epochs == 1, "train.epochs: time-ordered data is read once", self.train.epochs)
 
     def to_dict(self) -> dict[str, Any]:

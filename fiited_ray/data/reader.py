@@ -49,7 +49,8 @@ def ray_dataset(files: Files, config: DataConfig, max_rows: int | None = None) -
     """The columns of a config as a streaming Ray Data set, in file order or, with a time column, in time order."""
     import ray.data
 
-    dataset = ray.data.read_parquet(list(files.paths), columns=Collator(config).columns)
+    # one reading task at a time for each consumer: more would start processes faster than they are needed
+    dataset = ray.data.read_parquet(list(files.paths), columns=Collator(config).columns, concurrency=1)
     if config.time and not is_sorted(files, config.time):
         dataset = dataset.sort(config.time)
     return dataset if max_rows is None else dataset.limit(max_rows)

@@ -50,7 +50,7 @@ class StoreTotals:
             "bytes/peak": float(self.peak_bytes),
             "bytes/dense_equivalent": float(dense_equivalent),
             "bytes/ratio": self.bytes["total"] / max(1, dense_equivalent),
-            "parameters/kept_share": parameters / max(1, self.distinct * config.embedding.dim),
+            "parameters/kept_share": min(1.0, parameters / max(1, self.distinct * config.embedding.dim)),  # the distinct count is an estimate
             "rows/total": float(widths.sum()),
             "lookup/hit_rate": hits / lookups if lookups else float("nan"),
         }

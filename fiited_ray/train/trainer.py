@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -97,10 +98,11 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
     config = plan.config
     workers = config.train.workers
     if not ray.is_initialized():
-        # Workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores.
-        address = os.environ.get("RAY_ADDRESS")
-        here = {} if address else {"num_cpus": max(os.cpu_count() or 1, workers + 2), "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="error", **here)
+        if address := os.environ.get("RAY_ADDRESS"):  # a submitted job's cluster
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:  # workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores
+            cpus = max(os.cpu_count() or 1, workers + 2)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     run_ref = tracking.create_run(config, {"synthetic_data": str(plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic))})
     coordinator = start_coordinator(config.policy, workers)
     datasets = {"train": ray_dataset(plan.files, config.data, config.data.max_rows)}

@@ -50,7 +50,10 @@ def test_random_histories_give_the_same_rows(seed: int, optimizer: str, importan
             each.update(found, fold(gradient, found.widths, spec), gradient.norm(dim=1), 0.05, step, 3 * 2**30)
         if random.random() < 0.3:
             threshold = float(np.float32(random.choice([0.0, 0.01, 0.3, 2.0, 50.0])))
+            refused = shard.stats().refused
             shard.resize(threshold)
+            if shard.stats().refused > refused:
+                return  # out of room: which rows grow then depends on the order they are met in
             twin.resize(threshold)
             assert torch.equal(shard.histogram().sum(1), twin.histogram().sum(1))
         assert_same(shard, twin)
