@@ -175,6 +175,7 @@ class PolicyConfig:
 
     alpha: float = 4.0  # chunk j of a row with importance s has utility s / alpha**j
     importance: Literal["frequency_x_norm", "norm", "lookup_norm_sum", "frequency"] = "frequency_x_norm"
+    admission: float = 1.0  # an id without a row must beat the threshold by this factor to get one
     decay: float = 0.9999  # of the importance, per step
     interval: int = 100  # steps between rounds, once the early ones are over
     first_round: int = 10  # the first round's step; the gap then doubles until it reaches `interval`
@@ -185,6 +186,7 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         _require(self.alpha >= 1, "policy.alpha must be at least 1", self.alpha)
+        _require(self.admission >= 1, "policy.admission must be at least 1", self.admission)
         _require(0 < self.decay <= 1, "policy.decay must be in (0, 1]", self.decay)
         _require(self.interval > 0 and self.first_round > 0, "policy: interval and first_round must be above 0", self.interval)
         _require(0 <= self.min_change < 1, "policy.min_change must be in [0, 1)", self.min_change)

@@ -65,6 +65,11 @@ class Pools {
   Pools(const Pools&) = delete;
   Pools& operator=(const Pools&) = delete;
 
+  // Whether a row stands at this address now.
+  bool holds(uint32_t address) const {
+    const uint64_t number = uint64_t{address} >> position_bits_;
+    return number < pools_.size() && (address & position_mask()) < pools_[number].count;
+  }
   int width(uint32_t address) const { return static_cast<int>(uint64_t{address} >> position_bits_) + 1; }
 
   std::byte* row(uint32_t address) const {

@@ -95,8 +95,10 @@ class ShardOf final : public Shard {
       throw std::runtime_error("importance lookup_norm_sum needs the lookups' gradient norms");
     }
     for (int64_t i = 0; i < n; ++i) {
-      const int width = addresses[i] == kAbsent ? 0 : pools_.width(addresses[i]);
-      if (width != widths[i] || (width && !is_row(addresses[i], keys[i], static_cast<uint16_t>(tables[i])))) {
+      const bool fits = addresses[i] == kAbsent ? widths[i] == 0
+                                                : pools_.holds(addresses[i]) && pools_.width(addresses[i]) == widths[i] &&
+                                                      is_row(addresses[i], keys[i], static_cast<uint16_t>(tables[i]));
+      if (!fits) {
         throw std::runtime_error("update: row " + std::to_string(i) + " was resized or moved since its lookup; look up again after a round");
       }
     }
@@ -423,7 +425,7 @@ class ShardOf final : public Shard {
   void win_row(uint64_t key, uint16_t table, float gain, int64_t step) {
     const float estimate = sketch_.add(key, gain);
     if (threshold_ == 0.0) return;  // rows are then given out at lookup
-    const int width = width_of(estimate * unscale_, cuts_.data(), layout_.chunks);
+    const int width = width_of(estimate * unscale_ / static_cast<float>(config_.admission), cuts_.data(), layout_.chunks);
     if (width > 0 && ask(key, table, width, estimate, step, quota_) != kAbsent) sketch_.forget(key);
   }
 

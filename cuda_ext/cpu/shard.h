@@ -37,6 +37,7 @@ struct ShardConfig {
   double init_scale;
   double restore_scale;
   double decay;
+  double admission;        // a key without a row must beat the threshold by this factor
   double narrow_lr_power;  // a row of width w learns at lr * (chunks / w)^this
   std::vector<double> levels;  // threshold multiples of the chunks, not decreasing
 

@@ -39,6 +39,7 @@ class ShardSpec:
     restore_scale: float
     decay: float
     narrow_lr_power: float
+    admission: float
     levels: tuple[float, ...]
 
     @staticmethod
@@ -69,6 +70,7 @@ class ShardSpec:
             restore_scale=embedding.restore_scale,
             decay=policy.decay,
             narrow_lr_power=embedding.narrow_lr_power,
+            admission=policy.admission,
             levels=tuple(policy.alpha**chunk for chunk in range(chunks)),
         )
 
@@ -119,7 +121,7 @@ class ShardSpec:
             self.sketch_sets,
             self.limit_bytes or 0,
         ]
-        floats = [self.eps, *self.betas, self.init_scale, self.restore_scale, self.decay, self.narrow_lr_power, *self.levels]
+        floats = [self.eps, *self.betas, self.init_scale, self.restore_scale, self.decay, self.narrow_lr_power, self.admission, *self.levels]
         return ints, floats
 
 

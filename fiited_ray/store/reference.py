@@ -194,10 +194,10 @@ class ReferenceShard:
     def _ids(keys: Tensor, tables: Tensor, counts: Tensor) -> list[tuple[int, int, int]]:
         return [(key & _MASK, table, count) for key, table, count in zip(keys.tolist(), tables.tolist(), counts.tolist(), strict=True)]
 
-    def _width(self, scaled: np.float32) -> int:
+    def _width(self, scaled: np.float32, margin: np.float32 = F32(1)) -> int:
         if self.threshold == 0:
             return self.spec.chunks
-        importance = F32(scaled * (F32(1) / self._scale))
+        importance = F32(F32(scaled * (F32(1) / self._scale)) / margin)
         return sum(bool(importance > F32(self.threshold * level)) for level in self.spec.levels)
 
     def _ask(self, key: int, table: int, width: int, scaled: np.float32, step: int, quota: int) -> _Row | None:
@@ -221,7 +221,7 @@ class ReferenceShard:
         estimate = self.sketch.add(key, gain)
         if self.threshold == 0:
             return
-        width = self._width(estimate)
+        width = self._width(F32(estimate), F32(self.spec.admission))
         if width > 0 and self._ask(key, table, width, estimate, step, quota) is not None:
             self.sketch.forget(key)
 

@@ -1,0 +1,200 @@
+"""Faults that dynamic embedding tables are known for, each of them silent elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import fold, keys_of, learn, make_spec, padded, read
+
+from fiited_ray.store import VhpiShard, ops
+from fiited_ray.store.reference import initial_values, key_of
+
+
+def importance_of(shard: VhpiShard, raw_id: int, table: int = 0) -> float:
+    rows = shard.export_rows()
+    at = ((rows.raw_ids == raw_id) & (rows.tables == table)).nonzero().item()
+    return float(rows.importance[at])
+
+
+def test_frequency_counts_every_lookup_not_every_distinct_id() -> None:
+    shard = VhpiShard(make_spec(importance="frequency", decay=1.0))
+    ids = torch.tensor([7, 7, 7, 8])
+    local = ops.dedup_ids(ids, torch.tensor([4]), torch.tensor([0], dtype=torch.int32), 0, 1)
+    found = shard.lookup(local.keys, local.tables, local.counts, training=True, step=1)
+    shard.update(found, fold(torch.ones(2, 12), found.widths, shard.spec), None, 0.1, 1)
+    assert (importance_of(shard, 7), importance_of(shard, 8)) == (3.0, 1.0)
+
+
+def test_counts_of_keys_that_arrive_from_several_workers_are_summed() -> None:
+    keys, tables, counts, inverse = ops.dedup_keys(
+        torch.tensor([5, 9, 5, 5]), torch.tensor([0, 0, 0, 1], dtype=torch.int32), torch.tensor([2, 1, 40, 7], dtype=torch.int32)
+    )
+    assert (keys.tolist(), tables.tolist(), counts.tolist(), inverse.tolist()) == ([5, 9, 5], [0, 0, 1], [42, 1, 7], [0, 1, 0, 2])
+
+
+def test_gradients_that_arrive_for_one_row_from_several_workers_are_added() -> None:
+    arrived = torch.tensor([1.0] * 12 + [10.0] * 12)
+    summed = ops.ops().sum_gradients(arrived, torch.tensor([0, 0], dtype=torch.int32), torch.tensor([3], dtype=torch.uint8), 4, 3)
+    assert summed.tolist() == [11.0] * 12
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+def test_a_row_that_comes_back_has_clean_values_state_and_importance(optimizer: str) -> None:
+    shard = VhpiShard(make_spec(optimizer=optimizer, importance="norm", decay=1.0))
+    for step in range(1, 4):
+        learn(shard, [1, 2, 3], torch.full((3, 12), 5.0), step)
+    shard.resize(1e9)
+    assert shard.stats().rows == 0
+    shard.resize(0.0)
+    keys, tables = keys_of([1, 4], [0, 0])
+    found = shard.lookup(keys, tables, torch.ones(2, dtype=torch.int32), training=True, step=5)
+    for at, raw_id in enumerate([1, 4]):
+        fresh = torch.from_numpy(initial_values(key_of(raw_id, 0, 0), 0, 0, 12, 0.1))
+        torch.testing.assert_close(padded(found, shard.spec)[at], fresh)
+    rows = shard.export_rows()
+    assert bool((rows.state == 0).all())
+    assert bool((rows.importance == 0).all())
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+def test_a_chunk_that_comes_back_has_clean_values_and_state_and_the_rest_keeps_its_own(optimizer: str) -> None:
+    shard = VhpiShard(make_spec(optimizer=optimizer, importance="norm", decay=1.0, restore_scale=0.0))
+    learn(shard, [1], torch.full((1, 12), 2.0), 1)
+    before = padded(read(shard, [1]), shard.spec)
+    importance = importance_of(shard, 1)
+    shard.resize(importance / 2)  # level of the second chunk is 4: one chunk stays
+    assert read(shard, [1]).widths.tolist() == [1]
+    shard.resize(importance / 1000)
+    after = padded(read(shard, [1]), shard.spec)
+    assert torch.equal(after[:, :4], before[:, :4])
+    assert bool((after[:, 4:] == 0).all())
+    state = shard.export_rows().state.reshape(-1, 12)
+    assert bool((state[:, :4] != 0).all())
+    assert bool((state[:, 4:] == 0).all())
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+def test_state_narrows_with_its_row(optimizer: str, storage: str) -> None:
+    spec = make_spec(optimizer=optimizer, storage=storage, importance="norm", decay=1.0)
+    shard = VhpiShard(spec)
+    learn(shard, [1], torch.ones(1, 12), 1)
+    for width in (3, 2, 1):
+        shard.resize(importance_of(shard, 1) / 4 ** (width - 1) / 1.5)
+        stats = shard.stats()
+        assert read(shard, [1]).widths.tolist() == [width]
+        assert stats.optimizer == spec.state_bytes(width)
+        assert stats.payload == width * spec.chunk * spec.value_bytes
+
+
+def test_no_embedding_is_zero_after_eviction_with_rowwise_adagrad_and_a_shared_table() -> None:
+    shard = VhpiShard(make_spec(optimizer="rowwise_adagrad", importance="norm", decay=1.0, tables=1))
+    local = ops.dedup_ids(torch.tensor([1, 2, 2, 3]), torch.tensor([2, 4]), torch.tensor([0, 0], dtype=torch.int32), 0, 1)
+    assert local.counts.tolist() == [1, 2, 1]  # two features share the table: id 2 is one row
+    for step in range(1, 31):
+        found = shard.lookup(local.keys, local.tables, local.counts, training=True, step=step)
+        shard.update(found, fold(torch.randn(3, 12), found.widths, shard.spec), None, 0.1, step)
+        if step % 5 == 0:
+            shard.resize(1e6 if step % 10 else 0.0)
+    found = shard.lookup(local.keys, local.tables, local.counts, training=True, step=31)
+    assert bool((padded(found, shard.spec).abs().sum(1) > 0).all())
+
+
+def test_a_lookup_without_a_row_reads_zero_and_is_counted() -> None:
+    shard = VhpiShard(make_spec())
+    learn(shard, [1], torch.ones(1, 12), 1)
+    shard.resize(1e9)
+    keys, tables = keys_of([1, 2], [0, 0])
+    found = shard.lookup(keys, tables, torch.tensor([3, 4], dtype=torch.int32), training=True, step=2)
+    stats = shard.stats()
+    assert padded(found, shard.spec).abs().sum() == 0
+    assert (stats.lookups, stats.hits) == (8, 0)
+
+
+def test_the_fused_adagrad_is_torchs_defaults_included() -> None:
+    from fiited_ray.config import EmbeddingConfig
+
+    eps = EmbeddingConfig().eps
+    assert eps == torch.optim.Adagrad([torch.zeros(1)]).defaults["eps"]
+    shard = VhpiShard(make_spec(optimizer="adagrad", eps=eps))
+    keys, _ = keys_of([5], [0])
+    weight = torch.nn.Parameter(torch.from_numpy(initial_values(int(keys[0]) % 2**64, 0, 0, 12, 0.1)))
+    optimizer = torch.optim.Adagrad([weight], lr=0.1)
+    for step in range(1, 20):
+        gradient = torch.randn(12, generator=torch.Generator().manual_seed(step)) * 10.0 ** (step % 5 - 6)
+        learn(shard, [5], gradient[None], step)
+        weight.grad = gradient
+        optimizer.step()
+    torch.testing.assert_close(padded(read(shard, [5]), shard.spec)[0], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_fused_adam_is_torchs_sparse_adam() -> None:
+    shard = VhpiShard(make_spec(optimizer="adam", eps=1e-8))
+    raw = list(range(6))
+    start = padded(learn(VhpiShard(make_spec(optimizer="adam")), raw, torch.zeros(6, 12), 1), shard.spec)
+    table = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.SparseAdam([table], lr=0.1)
+    for step in range(1, 15):
+        touched = [each for each in raw if (each + step) % 3]
+        gradient = torch.randn(len(touched), 12, generator=torch.Generator().manual_seed(step))
+        learn(shard, touched, gradient, step)
+        table.grad = torch.sparse_coo_tensor(torch.tensor([touched]), gradient, (6, 12))
+        optimizer.step()
+    torch.testing.assert_close(padded(read(shard, raw), shard.spec), table.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_duplicate_ids_in_a_batch_learn_as_in_plain_torch() -> None:
+    spec = make_spec(optimizer="sgd")
+    shard = VhpiShard(spec)
+    ids = torch.tensor([3, 3, 4, 3, 5, 4])
+    local = ops.dedup_ids(ids, torch.tensor([6]), torch.tensor([0], dtype=torch.int32), 0, 1)
+    found = shard.lookup(local.keys, local.tables, local.counts, training=True, step=1)
+    table = torch.nn.Embedding(6, 12, _weight=torch.zeros(6, 12))
+    with torch.no_grad():
+        table.weight[[3, 4, 5]] = padded(found, spec)
+    grad = torch.randn(6, 1, 12, generator=torch.Generator().manual_seed(0))
+    table(ids).backward(grad[:, 0])
+    bags = ops.Bags(local.inverse, torch.arange(7), None, 1, False, 4, 3)
+    shard.update(found, ops.wire_gradients(grad, found.widths, bags), None, 0.1, 1)
+    expected = table.weight.detach() - 0.1 * table.weight.grad
+    torch.testing.assert_close(padded(read(shard, [3, 4, 5]), spec), expected[[3, 4, 5]])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_every_key_has_one_owner_whatever_the_number_of_workers(workers: int) -> None:
+    local = ops.dedup_ids(torch.arange(5000), torch.tensor([5000]), torch.tensor([0], dtype=torch.int32), 0, workers)
+    assert int(local.splits.sum()) == 5000
+    assert int(local.splits.min()) > 0.8 * 5000 / workers
+    from fiited_ray.store import bucket_range
+
+    for rank, keys in enumerate(local.keys.split(local.splits.tolist())):
+        first, end = bucket_range(rank, workers)
+        buckets = (keys >> 54) & 1023
+        assert bool(((buckets >= first) & (buckets < end)).all())
+
+
+def test_a_gradient_that_is_not_finite_names_table_and_id() -> None:
+    shard = VhpiShard(make_spec())
+    with pytest.raises(RuntimeError, match="table 1, id 77 is not finite"):
+        learn(shard, [77], torch.full((1, 12), float("nan")), 1, table=1)
+
+
+def test_a_lookup_from_before_a_round_cannot_be_used_for_an_update() -> None:
+    shard = VhpiShard(make_spec(importance="norm"))
+    learn(shard, [1, 2], torch.ones(2, 12), 1)
+    keys, tables = keys_of([1, 2], [0, 0])
+    found = shard.lookup(keys, tables, torch.ones(2, dtype=torch.int32), training=True, step=2)
+    shard.resize(importance_of(shard, 1) / 2)
+    with pytest.raises(RuntimeError, match="look up again"):
+        shard.update(found, torch.zeros(24), None, 0.1, 2)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+def test_stochastic_rounding_is_unbiased(storage: str) -> None:
+    shard = VhpiShard(make_spec(storage=storage, optimizer="sgd", init_scale=0.0))
+    raw = list(range(500))
+    learn(shard, raw, torch.full((500, 12), -1.0), 1, lr=1.0)  # all values are 1
+    for step in range(2, 202):  # far below half a unit in the last place
+        learn(shard, raw, torch.full((500, 12), -1e-4), step, lr=1.0)
+    mean = padded(read(shard, raw), shard.spec).mean()
+    assert abs(float(mean) - 1.02) < 0.002
