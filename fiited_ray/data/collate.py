@@ -60,18 +60,22 @@ class Collator:
             lengths.append(torch.ones(rows, dtype=torch.int64))
         offsets = torch.zeros(sum(map(len, lengths)) + 1, dtype=torch.int64)
         torch.cumsum(torch.cat(lengths), 0, out=offsets[1:])
-        return Batch(self._dense(table, where), _labels(_array(table, self.config.label), self.config.label, where), torch.cat(ids), offsets)
+        return Batch(
+            self._dense(table, where), _labels(_array(table, self.config.label), self.config.label, where), torch.cat(ids), offsets
+        )
 
     def _ids(self, table: pa.Table, name: str, where: str) -> Tensor:
         if name not in self.config.bins:
             return _scalar_ids(_array(table, name), name, where)
         derived = self.config.bins[name]
-        column = pc.cast(_array(table, derived.column), pa.float64())
+        column = pc.cast(_array(table, derived.column), pa.float64(), safe=False)
         values = np.floor(column.fill_null(0.0).to_numpy(zero_copy_only=False) / derived.width)
-        bad = ~np.isfinite(values)
+        bad = ~(np.abs(values) < 2.0**63)  # NaN, infinite, or no int64
         if bad.any():
             row = int(bad.argmax())
-            raise DataError(f"{where}: column {derived.column!r}, row {row}: {column[row]} cannot be binned; leave the value null if it is missing")
+            raise DataError(
+                f"{where}: column {derived.column!r}, row {row}: {column[row]} cannot be binned; leave the value null if it is missing"
+            )
         ids = torch.from_numpy(values.astype(np.int64))
         return _mark_nulls(ids, column)
 
@@ -82,7 +86,9 @@ class Collator:
             values = pc.cast(column, pa.float32(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
             if not np.isfinite(values).all():
                 row = int((~np.isfinite(values)).argmax())
-                raise DataError(f"{where}: dense column {name!r}, row {row}: {values[row]}; clean the data, or leave the value null if it is missing")
+                raise DataError(
+                    f"{where}: dense column {name!r}, row {row}: {values[row]}; clean the data, or leave the value null if it is missing"
+                )
             out[:, at] = values
         if self.config.dense_transform == "log1p":
             np.log1p(np.maximum(out, 0), out=out)
@@ -97,8 +103,11 @@ def _array(table: pa.Table, name: str) -> pa.Array:
     return array
 
 
-def _scalar_ids(array: pa.Array, name: str, where: str) -> Tensor:
-    """int64 [rows]: integers as they are (unsigned 64-bit ones by their bits), strings by their hash, null as NULL_ID."""
+def _scalar_ids(array: pa.Array, name: str, where: str, owners: Tensor | None = None) -> Tensor:
+    """int64 [n]: integers as they are (unsigned 64-bit ones by their bits), strings by their hash, null as NULL_ID.
+
+    owners: the row of each entry, where it is not its position.
+    """
     kind = array.type
     if pa.types.is_dictionary(kind):
         entries = _scalar_ids(array.dictionary, name, where)
@@ -109,10 +118,14 @@ def _scalar_ids(array: pa.Array, name: str, where: str) -> Tensor:
     if pa.types.is_boolean(kind):
         array = pc.cast(array, pa.int8())
     elif not pa.types.is_integer(kind):
-        raise DataError(f"{where}: column {name!r} is {kind}; ids are integers or strings" + (" (bin it with data.bins)" if pa.types.is_floating(kind) else ""))
+        raise DataError(
+            f"{where}: column {name!r} is {kind}; ids are integers or strings"
+            + (" (bin it with data.bins)" if pa.types.is_floating(kind) else "")
+        )
     ids = _integers(array.fill_null(0))
     if not pa.types.is_uint64(kind) and bool((ids == NULL_ID).any()):
-        row = int((ids == NULL_ID).nonzero()[0])
+        at = int((ids == NULL_ID).nonzero()[0])
+        row = at if owners is None else int(owners[at])
         raise DataError(f"{where}: column {name!r}, row {row}: the id -2**63 stands for a missing value; write null instead")
     return _mark_nulls(ids, array)
 
@@ -147,7 +160,9 @@ def _lists(array: pa.Array, name: str, where: str) -> tuple[Tensor, Tensor]:
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise DataError(f"{where}: column {name!r} is {kind}; a multi_hot column holds lists")
     lengths = torch.from_numpy(pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
-    return _scalar_ids(array.flatten(), name, where), lengths
+    values = array.flatten()
+    owners = torch.repeat_interleave(torch.arange(len(array)), lengths)
+    return _scalar_ids(values, name, where, owners), lengths
 
 
 def _labels(array: pa.Array, name: str, where: str) -> Tensor:
