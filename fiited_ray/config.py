@@ -175,12 +175,12 @@ class PolicyConfig:
 
     alpha: float = 4.0  # chunk j of a row with importance s has utility s / alpha**j
     importance: Literal["frequency_x_norm", "norm", "lookup_norm_sum", "frequency"] = "frequency_x_norm"
-    admission: float = 1.0  # an id without a row must beat the threshold by this factor to get one
+    admission: float = 2.0  # an id without a row must beat the threshold by this factor to get one
     decay: float = 0.9999  # of the importance, per step
     interval: int = 100  # steps between rounds, once the early ones are over
     first_round: int = 10  # the first round's step; the gap then doubles until it reaches `interval`
     min_change: float = 0.01  # a round that would move a smaller share of the budget is skipped
-    headroom: float = 0.1  # most of the budget a round leaves free for the rows that ask to be let in before the next one
+    headroom: float = 0.02  # most of the budget a round leaves free for the rows that ask to be let in before the next one
     sketch_share: float = 0.02  # share of the budget given to the importance of absent ids
     max_shard_bytes: int | None = None  # a worker's own memory; the budget binds all of them together
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from fiited_ray.data.batch import Batch
 from fiited_ray.exchange import Exchange, splits
+from fiited_ray.policy import shard_limit
 from fiited_ray.store import ops
 from fiited_ray.store.shard import ALL_KEYS, Lookup, VhpiShard
 
 _MORE = 1.5  # a step may ask for this much more than the last one did
-_SPARE = 0.002  # of the limit, for shards that get more than their even part
+_SPARE_ROWS = 64  # room for shards where more than the even part of the rows asks
 
 
 @dataclass
@@ -49,7 +50,6 @@ class StepTotals:
     rows: int  # of the global batch
     lookups: int
     planned_bytes: int
-    limit_bytes: int  # 0: none
     refused: int  # times a row was turned away for want of room since the last round
     asked_bytes: int  # of rows worth having, let in or not, since the start
 
@@ -79,16 +79,28 @@ class ShardedEmbedding(nn.Module):
         feature_tables: table number of each of the F features.
         lr: learning rate of the fused optimizer.
         mean: pool bags by their mean, not their sum.
+        budget_bytes: of all shards together.
+        ceiling_bytes: most that this worker may take of it.
     """
 
     def __init__(
-        self, shard: VhpiShard, exchange: Exchange, feature_tables: tuple[int, ...], lr: float, mean: bool, times: PhaseTimes | None = None
+        self,
+        shard: VhpiShard,
+        exchange: Exchange,
+        feature_tables: tuple[int, ...],
+        lr: float,
+        mean: bool,
+        budget_bytes: int | None = None,
+        ceiling_bytes: int | None = None,
+        times: PhaseTimes | None = None,
     ) -> None:
         super().__init__()
         self.shard = shard
         self.exchange = exchange
         self.lr = lr
         self.mean = mean
+        self.budget_bytes = budget_bytes
+        self.ceiling_bytes = ceiling_bytes
         self.times = times or PhaseTimes()
         self.step = 0  # training batches seen
         self.totals: StepTotals | None = None  # of the last training batch
@@ -139,11 +151,15 @@ class ShardedEmbedding(nn.Module):
         """Tell every worker how many keys it will be asked for, and share the totals."""
         stats = self.shard.stats()
         self._peak_bytes = max(self._peak_bytes, stats.peak)
-        mine = [rows, lookups, stats.planned, stats.limit, stats.refused, stats.asked_bytes]
+        mine = [rows, lookups, stats.planned, stats.refused, stats.asked_bytes]
         table = torch.tensor([[count, *mine] for count in send])
         ones = [1] * self.exchange.workers
         told = self.exchange.all_to_all(table, ones, ones)
-        return told[:, 0].tolist(), StepTotals(*told[:, 1:].sum(0).tolist())
+        totals = StepTotals(*told[:, 1:].sum(0).tolist())
+        if self.training and self.budget_bytes is not None:  # an even part of the room that is left goes to each shard
+            limit = shard_limit(self.budget_bytes, stats.planned, totals.planned_bytes, self.exchange.workers, self.ceiling_bytes)
+            self.shard.set_limit(limit)
+        return told[:, 0].tolist(), totals
 
     def _ask(self, local: ops.Deduped, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if self.exchange.workers == 1:
@@ -159,9 +175,9 @@ class ShardedEmbedding(nn.Module):
         what was asked for at the last step, or against a row for every lookup where that is not known yet.
         """
         before, self.totals = self.totals, totals
-        if totals.limit_bytes == 0:
+        if self.budget_bytes is None:
             return ALL_KEYS
-        room = totals.limit_bytes - totals.planned_bytes - int(_SPARE * totals.limit_bytes)
+        room = self.budget_bytes - totals.planned_bytes - _SPARE_ROWS * self._full_row_bytes
         asked = totals.asked_bytes - before.asked_bytes if before else totals.lookups * self._full_row_bytes
         return min(ALL_KEYS, max(0, room) * ALL_KEYS // max(1, int(_MORE * asked)))
 

@@ -521,7 +521,7 @@ int64_t ShardConfig::fixed_bytes() const {
   const int64_t structure = Index::fixed_bytes(partitions_log2()) + Pools::partial_slab_bytes(layout(), slab_rows_log2()) +
                             Pools::directory_bytes(layout(), slab_rows_log2(), limit_bytes) + counter_bytes(*this);
   // A share of the limit, not what this shard's structure happens to need: the sum over shards is then the same for any number of them.
-  return std::max(structure, limit_bytes / 50) + static_cast<int64_t>(Memory::rounded(sketch_bytes(*this)));
+  return std::max(structure, limit_bytes / 40) + static_cast<int64_t>(Memory::rounded(sketch_bytes(*this)));
 }
 
 std::shared_ptr<Shard> Shard::make(const ShardConfig& config) {

@@ -54,7 +54,16 @@ class Worker:
         self.shard = VhpiShard(self.spec)
         self.times = PhaseTimes()
         mean = config.embedding.pooling == "mean"
-        self.embedding = ShardedEmbedding(self.shard, self.exchange, config.data.feature_tables, config.embedding.lr, mean, self.times)
+        self.embedding = ShardedEmbedding(
+            self.shard,
+            self.exchange,
+            config.data.feature_tables,
+            config.embedding.lr,
+            mean,
+            self.budget_bytes,
+            config.policy.max_shard_bytes,
+            self.times,
+        )
         self.dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
         self.model: nn.Module = DistributedDataParallel(self.dense) if self.exchange.workers > 1 else self.dense
         self.optimizer = _optimizer(config, self.model)

@@ -17,7 +17,7 @@ from fiited_ray.store.shard import Lookup
 def make_spec(budget: int | None = None, **changes: Any) -> ShardSpec:
     """D = 12 in 3 chunks of 4, two tables, unless changed."""
     config = Config(
-        data=DataConfig(categorical=("a", "b")), embedding=EmbeddingConfig(dim=12, chunk=4, init_scale=0.1, restore_scale=0.05), policy=PolicyConfig(decay=0.9)
+        data=DataConfig(categorical=("a", "b")), embedding=EmbeddingConfig(dim=12, chunk=4, init_scale=0.1, restore_scale=0.05), policy=PolicyConfig(decay=0.9, admission=1.0)
     )
     return dataclasses.replace(ShardSpec.of(config, budget), **changes)
 

@@ -1,0 +1,58 @@
+"""Trains a configuration with several processes on gloo, without Ray; for tests."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fiited_ray.config import Config
+from fiited_ray.data import check_files, parquet_batches
+from fiited_ray.exchange import make_exchange
+from fiited_ray.policy import Decision, RoundState, ShardReport, decide
+from fiited_ray.train.loop import Worker, train
+
+
+class GroupDecider:
+    """Every worker gathers all reports and decides for itself: the same pure function, the same answer."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def decide(self, number: int, report: ShardReport, state: RoundState) -> Decision | None:
+        reports: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, report)
+        return decide(reports, state, self.config.policy)
+
+
+def run(config: Config, budget_bytes: int | None, workers: int) -> list[dict[str, Any]]:
+    """Train; returns for each worker its losses, rows by (table, id) -> width, final metrics and most bytes at any step."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_work, (config, budget_bytes, workers, folder), nprocs=workers)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(workers)]
+
+
+def _work(rank: int, config: Config, budget_bytes: int | None, workers: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=workers)
+    worker = Worker(config, budget_bytes, make_exchange(), GroupDecider(config))
+    files = check_files(config.data.train, config.data)
+    size = config.train.batch_size
+    peaks: list[int] = []
+
+    def batches() -> Any:
+        for batch in parquet_batches(files, config.data, size, rank=rank, workers=workers):
+            yield batch
+            peaks.append(int(worker.exchange.all_reduce(torch.tensor([worker.shard.stats().total]))[0]))
+
+    metrics = train(worker, batches, lambda: parquet_batches(files, config.data, size, rank=rank, workers=workers, max_rows=4 * size))
+    rows = worker.shard.export_rows()
+    widths = dict(zip(zip(rows.tables.tolist(), rows.raw_ids.tolist(), strict=True), rows.widths.tolist(), strict=True))
+    losses = worker.exchange.all_reduce(torch.tensor(worker.losses, dtype=torch.float64)).tolist()
+    result = {"losses": losses, "widths": widths, "metrics": metrics, "totals": peaks, "bytes_sent": worker.exchange.bytes_sent}
+    torch.save(result, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,84 @@
+"""Training with several workers: the same result as with one, within the budget at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import run_workers
+
+from fiited_ray.config import Config, DataConfig, EmbeddingConfig, ModelConfig, PolicyConfig, TrainConfig
+from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
+
+BUDGET = 5_000_000
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("synthetic")
+    train, _ = write_synthetic(folder, SyntheticSpec(rows=60_000, test_share=0.01))
+    data = DataConfig(
+        train=(str(train),),
+        dense=tuple(f"d{at}" for at in range(13)),
+        dense_transform="log1p",
+        categorical=("c0", "c2", "c3", "c9", "c15"),
+        multi_hot=("c25",),
+        cross=(("c5", "c7"),),
+    )
+    return Config(
+        data=data,
+        embedding=EmbeddingConfig(optimizer="adagrad"),
+        policy=PolicyConfig(interval=50, decay=0.999),
+        model=ModelConfig(bottom=(16,), top=(32,)),
+        train=TrainConfig(batch_size=256, max_steps=STEPS),
+    )
+
+
+def with_workers(config: Config, workers: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, workers=workers))
+
+
+@pytest.fixture(scope="module")
+def one(config: Config) -> dict:
+    return run_workers.run(with_workers(config, 1), BUDGET, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def two(config: Config) -> list[dict]:
+    return run_workers.run(with_workers(config, 2), BUDGET, 2)
+
+
+def test_two_workers_give_the_losses_and_widths_of_one(one: dict, two: list[dict]) -> None:
+    assert len(one["losses"]) == STEPS
+    assert max(abs(a - b) for a, b in zip(one["losses"], two[0]["losses"], strict=True)) < 1e-5
+    widths = {key: width for each in two for key, width in each["widths"].items()}
+    assert sum(len(each["widths"]) for each in two) == len(widths)  # no id is in two shards
+    assert widths == one["widths"]
+    assert len(set(widths.values())) == 4  # all widths occur: the rounds did something
+    assert two[0]["metrics"]["eval/auc"] == pytest.approx(one["metrics"]["eval/auc"], abs=1e-4)
+
+
+def test_bytes_of_all_shards_stay_below_the_budget_at_every_step(two: list[dict]) -> None:
+    assert len(two[0]["totals"]) == STEPS - 1
+    assert max(two[0]["totals"]) <= BUDGET
+    assert two[0]["metrics"]["bytes/peak_of_run"] <= BUDGET
+    assert two[0]["metrics"]["bytes/total"] > 0.9 * BUDGET  # and the budget is used
+
+
+def test_narrow_rows_send_fewer_bytes(config: Config) -> None:
+    short = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=2, max_steps=60))
+    wide = run_workers.run(short, None, 2)[0]["bytes_sent"]
+    narrow = run_workers.run(short, BUDGET // 8, 2)[0]["bytes_sent"]
+    assert narrow < 0.8 * wide
+
+
+def test_a_tail_batch_smaller_than_the_workers_is_learned_from_and_nobody_hangs(config: Config, tmp_path: Path) -> None:
+    data = dataclasses.replace(config.data)
+    short = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, workers=3, batch_size=6000, max_steps=None))
+    train, _ = write_synthetic(tmp_path, SyntheticSpec(rows=6002, test_share=0.0))
+    short = dataclasses.replace(short, data=dataclasses.replace(short.data, train=(str(train),)))
+    results = run_workers.run(short, None, 3)
+    assert len(results[0]["losses"]) == 2
+    assert results[0]["metrics"]["train/logloss"] > 0
