@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fiited_ray.config import DataConfig
@@ -14,6 +17,8 @@ from fiited_ray.store.ops import dedup_ids
 
 _REGISTER_BITS = 14
 _REGISTERS = 1 << _REGISTER_BITS
+_HIGHEST_RANK = 64 - _REGISTER_BITS + 1
+_REPORT_SECONDS = 10.0
 
 
 class DistinctSketch:
@@ -22,34 +27,70 @@ class DistinctSketch:
     def __init__(self) -> None:
         self.registers = np.zeros(_REGISTERS, np.uint8)
 
-    def add(self, keys: np.ndarray, tables: np.ndarray) -> None:
-        """keys: int64 or uint64 [n], already uniform; tables: int [n]."""
+    def add(self, keys: npt.NDArray[np.int64], tables: npt.NDArray[np.int32]) -> None:
+        """Count pairs of an id's key, int64 [n], and its table, int32 [n]."""
         words = _mix(keys.astype(np.uint64) + (tables.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
         slots = (words & np.uint64(_REGISTERS - 1)).astype(np.int64)
         rest = words >> np.uint64(_REGISTER_BITS)
         # a float64's exponent is the position of the highest bit: exact below 2^53
-        ranks = (51 - np.frexp(rest.astype(np.float64))[1]).clip(1).astype(np.uint8)
+        ranks = (_HIGHEST_RANK - np.frexp(rest.astype(np.float64))[1]).clip(1).astype(np.uint8)
         np.maximum.at(self.registers, slots, ranks)
 
     def estimate(self) -> int:
-        m = _REGISTERS
-        raw = 0.7213 / (1 + 1.079 / m) * m * m / float(np.sum(np.ldexp(1.0, -self.registers.astype(np.int64))))
-        zeros = int((self.registers == 0).sum())
-        return round(m * math.log(m / zeros)) if zeros and raw <= 2.5 * m else round(raw)
+        """Ertl 2017, "New cardinality estimation algorithms for HyperLogLog sketches", algorithm 6: unbiased from 0 ids on."""
+        counts = np.bincount(self.registers, minlength=_HIGHEST_RANK + 1) / _REGISTERS
+        z = _tau(1 - counts[_HIGHEST_RANK])
+        for rank in range(_HIGHEST_RANK - 1, 0, -1):
+            z = (z + counts[rank]) / 2
+        return round(_REGISTERS / (2 * math.log(2) * (z + _sigma(counts[0]))))
+
+
+def _sigma(x: float) -> float:
+    """What the empty registers say, as a share x of all."""
+    if x == 1:
+        return math.inf
+    y, z, before = 1.0, x, -1.0
+    while z != before:
+        x, before = x * x, z
+        z += x * y
+        y *= 2
+    return z
+
+
+def _tau(x: float) -> float:
+    """What the registers at the highest rank say; x is the share of all others."""
+    if x in (0, 1):
+        return 0.0
+    y, z, before = 1.0, 1 - x, -1.0
+    while z != before:
+        x, before = math.sqrt(x), z
+        y /= 2
+        z -= (1 - x) ** 2 * y
+    return z / 3
 
 
 def count_distinct(files: Files, config: DataConfig, max_rows: int | None = None) -> int:
-    """Distinct ids over all tables, to about 1 %, by one streaming pass over the files."""
-    sketch = DistinctSketch()
+    """Distinct ids over all tables, to about 1 %, by one streaming pass over the files; a long one says on stderr how far it is.
+
+    Raises:
+        DataError: for bad data, naming file, column and row.
+    """
+    sketch, rows, reported = DistinctSketch(), 0, time.monotonic()
+    total = min(files.total_rows, max_rows or files.total_rows)
     tables = torch.tensor(config.feature_tables, dtype=torch.int32)
     for batch in parquet_batches(files, config, 65536, max_rows=max_rows):
         ends = batch.offsets[batch.rows :: batch.rows].contiguous()
         found = dedup_ids(batch.ids, ends, tables, 0, 1)
         sketch.add(found.keys.numpy(), found.tables.numpy())
+        rows += batch.rows
+        if time.monotonic() - reported > _REPORT_SECONDS:
+            reported = time.monotonic()
+            print(f"counting distinct ids: {rows:,} of {total:,} rows", file=sys.stderr, flush=True)
     return sketch.estimate()
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
