@@ -56,6 +56,8 @@ def check_files(patterns: tuple[str, ...], config: DataConfig, role: str = "data
         if metadata.num_rows == 0:
             raise DataError(f"{path}: the file has no rows; remove it from {role}")
         _check_schema(path, schema, config)
+        if config.time and (nulls := sum(each.null_count or 0 for each in column_statistics(metadata, config.time) if each is not None)):
+            raise DataError(f"{path}: column {config.time!r} (data.time) has {nulls} null; every row needs a time")
         first = first or schema
         for name in Collator(config).columns:
             if schema.field(name).type != first.field(name).type:
@@ -63,6 +65,14 @@ def check_files(patterns: tuple[str, ...], config: DataConfig, role: str = "data
         rows.append(metadata.num_rows)
         synthetic |= SYNTHETIC_KEY in (schema.metadata or {})
     return Files(paths, tuple(rows), synthetic)
+
+
+def column_statistics(metadata: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:
+    """Statistics of a flat column by row group; None where the writer left them out."""
+    groups = range(metadata.num_row_groups)
+    # leaves are numbered on their own: a struct before the column has several
+    leaf = next(at for at in range(metadata.num_columns) if metadata.schema.column(at).path == column)
+    return [metadata.row_group(group).column(leaf).statistics for group in groups]
 
 
 def _expand(pattern: str, role: str) -> list[str]:
@@ -89,14 +99,22 @@ def _check_schema(path: str, schema: pa.Schema, config: DataConfig) -> None:
             raise DataError(f"{path}: column {name!r} ({key}) is {kind}; {wanted}")
 
     def is_number(kind: pa.DataType) -> bool:
-        return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
+        return (
+            pa.types.is_integer(kind)
+            or pa.types.is_floating(kind)
+            or pa.types.is_boolean(kind)
+            or pa.types.is_decimal(kind)
+            or pa.types.is_null(kind)
+        )
 
     check(config.label, "data.label", is_number, "a label is a number, 0 or 1")
     for name in config.dense:
         check(name, "data.dense", is_number, "a dense column holds numbers")
     for name in config.categorical:
         if name not in config.bins:
-            check(name, "data.categorical", _is_id, "ids are integers or strings; bin numbers with data.bins, put lists under data.multi_hot")
+            check(
+                name, "data.categorical", _is_id, "ids are integers or strings; bin numbers with data.bins, put lists under data.multi_hot"
+            )
     for cross in config.cross:
         for name in cross:
             if name not in config.bins:
@@ -104,9 +122,19 @@ def _check_schema(path: str, schema: pa.Schema, config: DataConfig) -> None:
     for name, derived in config.bins.items():
         check(derived.column, f"data.bins.{name}", is_number, "only numbers can be binned")
     for name in config.multi_hot:
-        check(name, "data.multi_hot", lambda kind: pa.types.is_nested(kind) and hasattr(kind, "value_type") and _is_id(kind.value_type), "a multi_hot column holds lists of integers or strings")
+        check(
+            name,
+            "data.multi_hot",
+            lambda kind: pa.types.is_nested(kind) and hasattr(kind, "value_type") and _is_id(kind.value_type),
+            "a multi_hot column holds lists of integers or strings",
+        )
     if config.time:
-        check(config.time, "data.time", lambda kind: pa.types.is_integer(kind) or pa.types.is_temporal(kind) or pa.types.is_floating(kind), "time is a number or a timestamp")
+        check(
+            config.time,
+            "data.time",
+            lambda kind: pa.types.is_integer(kind) or pa.types.is_temporal(kind) or pa.types.is_floating(kind),
+            "time is a number or a timestamp",
+        )
 
 
 def _is_id(kind: pa.DataType) -> bool:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fiited_ray.config import DataConfig
 from fiited_ray.data.batch import Batch, DataError
 from fiited_ray.data.collate import Collator
-from fiited_ray.data.files import Files
+from fiited_ray.data.files import Files, column_statistics
 
 if TYPE_CHECKING:
     import ray.data
@@ -28,7 +28,14 @@ _READ_ROWS = 65536
 
 
 def parquet_batches(
-    files: Files, config: DataConfig, batch_size: int, *, rank: int = 0, workers: int = 1, max_rows: int | None = None, prefetch: bool = True
+    files: Files,
+    config: DataConfig,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    workers: int = 1,
+    max_rows: int | None = None,
+    prefetch: bool = True,
 ) -> Iterator[Batch]:
     """Read files directly with Arrow, a row group at a time, in a thread of its own.
 
@@ -81,9 +88,7 @@ def is_sorted(files: Files, column: str) -> bool:
     last: Any = None
     for path in files.paths:
         with pq.ParquetFile(path) as file:
-            at = file.schema_arrow.names.index(column)
-            for group in range(file.num_row_groups):
-                stats = file.metadata.row_group(group).column(at).statistics
+            for group, stats in enumerate(column_statistics(file.metadata, column)):
                 if stats is None or not stats.has_min_max or (last is not None and stats.min < last):
                     return False
                 if not _group_sorted(file, group, column):
@@ -136,6 +141,9 @@ def _check_order(table: pa.Table, column: str | None, last: Any, path: str, firs
         return last
     values = table[column].combine_chunks()
     values = values.chunk(0) if isinstance(values, pa.ChunkedArray) else values
+    if values.null_count:
+        row = first_row + int(values.is_null().to_numpy(zero_copy_only=False).argmax())
+        raise DataError(f"{path}: column {column!r} (data.time), row {row} is null; every row needs a time")
     falls = pc.less(values.slice(1), values.slice(0, len(values) - 1)) if len(values) > 1 else None
     if (falls is not None and pc.any(falls).as_py()) or (last is not None and values[0].as_py() < last):
         raise DataError(f"{path}: not in the order of {column!r} near row {first_row}; sort the files by it, or leave data.time out")

@@ -142,3 +142,9 @@ def test_one_synthetic_file_marks_all_as_synthetic(tmp_path: Path) -> None:
     plain, made = write(tmp_path / "a.parquet"), write(tmp_path / "b.parquet", {SYNTHETIC_KEY: b"yes"})
     assert not check_files((plain,), CONFIG).synthetic
     assert check_files((plain, made), CONFIG).synthetic
+
+
+def test_a_time_column_with_nulls_is_refused_from_its_statistics(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", moment=[1, None])
+    config = DataConfig(categorical=("user",), time="moment")
+    assert refusal(path, config=config) == f"{path}: column 'moment' (data.time) has 1 null; every row needs a time"
