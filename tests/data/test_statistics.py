@@ -102,4 +102,4 @@ def test_a_null_is_an_id_and_a_shared_table_counts_an_id_once(tmp_path: Path) ->
 def test_only_the_rows_that_will_be_read_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", label=[0] * 5000, a=list(range(5000)))
     config = DataConfig(train=(path,), categorical=("a",))
-    assert count_distinct(check_files((path,), config), config, max_rows=70) == 70
+    assert count_distinct(check_files((path,), config), config, max_rows=70) == pytest.approx(70, abs=2)
