@@ -1,0 +1,117 @@
+"""The synthetic click log: repeatable, sized as told, marked as synthetic, with drift and a signal in its ids."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fiited_ray.config import load
+from fiited_ray.data import check_files
+from fiited_ray.data.files import SYNTHETIC_KEY
+from fiited_ray.data.synthetic import CARDINALITIES, CATEGORICAL, DENSE, SyntheticSpec, write_synthetic
+
+SPEC = SyntheticSpec(rows=60_000, seed=3)  # more than one block
+
+
+def make(folder: Path, spec: SyntheticSpec) -> pa.Table:
+    """All rows, training and test."""
+    return pa.concat_tables([pq.read_table(path) for path in write_synthetic(folder, spec)])
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    return make(tmp_path_factory.mktemp("synthetic"), SPEC)
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others(tmp_path: Path) -> None:
+    spec = SyntheticSpec(rows=2000, seed=5)
+    first = make(tmp_path / "a", spec)
+    assert first.equals(make(tmp_path / "b", spec))
+    assert not first.equals(make(tmp_path / "c", replace(spec, seed=6)))
+
+
+def test_the_last_rows_are_the_test_and_time_runs_through(tmp_path: Path) -> None:
+    train, test = (pq.read_table(path) for path in write_synthetic(tmp_path, SyntheticSpec(rows=1000, test_share=0.3)))
+    assert (train.num_rows, test.num_rows) == (700, 300)
+    assert [*train["time"].to_pylist(), *test["time"].to_pylist()] == list(range(1000))
+
+
+def test_files_are_marked_as_synthetic(tmp_path: Path) -> None:
+    for path in write_synthetic(tmp_path, SyntheticSpec(rows=500)):
+        assert SYNTHETIC_KEY in pq.read_schema(path).metadata
+
+
+def test_the_embedded_configuration_reads_the_files(tmp_path: Path) -> None:
+    train, _ = write_synthetic(tmp_path, SyntheticSpec(rows=500))
+    config = load(Path(__file__).parents[2] / "jobs" / "configs" / "synthetic.yaml").data
+    files = check_files((str(train),), config)
+    assert (files.total_rows, files.synthetic) == (450, True)
+    assert (len(config.dense), len(config.features)) == (DENSE, CATEGORICAL)
+
+
+def test_no_column_holds_more_ids_than_its_cardinality_and_those_renewed(rows: pa.Table) -> None:
+    for column in range(CATEGORICAL - 1):
+        ids = rows[f"c{column}"].to_numpy()
+        assert ids.min() >= 0
+        assert ids.max() < 2 * SPEC.cardinality(column)
+
+
+def test_without_drift_small_columns_hold_exactly_their_published_values(tmp_path: Path) -> None:
+    table = make(tmp_path, replace(SPEC, drift=0.0))
+    for column in (8, 16, 19):
+        assert len(set(table[f"c{column}"].to_pylist())) == CARDINALITIES[column] == SPEC.cardinality(column)
+
+
+def test_large_columns_grow_with_the_rows_and_never_beyond_the_published_ones() -> None:
+    sizes = [SyntheticSpec(rows=rows).cardinality(2) for rows in (10_000, 1_000_000, 10**9)]
+    assert sizes[0] < sizes[1] < sizes[2] == CARDINALITIES[2]
+
+
+def test_ids_follow_a_power_law(rows: pa.Table) -> None:
+    ids = rows["c2"].to_numpy()
+    counts = np.array(sorted(Counter(ids.tolist()).values(), reverse=True))
+    assert counts[: len(counts) // 10].sum() > 0.5 * len(ids)
+    assert (counts == 1).mean() > 0.3
+
+
+def shared_popularity(table: pa.Table) -> float:
+    """The share of the most frequent 200 ids of the first fifth that are still so in the last fifth."""
+    ids = table["c2"].to_numpy()
+    fifth = len(ids) // 5
+    early, late = ({each for each, _ in Counter(part.tolist()).most_common(200)} for part in (ids[:fifth], ids[-fifth:]))
+    return len(early & late) / 200
+
+
+def test_drift_changes_which_ids_are_popular(tmp_path: Path) -> None:
+    spec = SyntheticSpec(rows=50_000)
+    still, moving = (shared_popularity(make(tmp_path / str(drift), replace(spec, drift=drift))) for drift in (0.0, 0.9))
+    assert still > 0.5
+    assert moving < still - 0.3
+
+
+def test_the_label_depends_on_the_ids(rows: pa.Table) -> None:
+    labels = rows["label"].to_numpy().astype(float)
+    ids = rows["c0"].to_numpy()
+    popular = [each for each, count in Counter(ids.tolist()).most_common(20) if count > 500]
+    # the rate of each popular id in units of its standard error: about 1 were the label independent of it
+    scores = [(labels[ids == each].mean() - labels.mean()) / np.sqrt(labels.var() / (ids == each).sum()) for each in popular]
+    assert len(popular) >= 5
+    assert np.sqrt(np.mean(np.square(scores))) > 3
+
+
+def test_about_as_many_clicks_as_told(rows: pa.Table) -> None:
+    labels = rows["label"].to_numpy()
+    assert set(labels.tolist()) == {0, 1}
+    assert 0.15 < labels.mean() < 0.4
+
+
+def test_some_dense_values_are_missing_and_lists_are_never_empty(rows: pa.Table) -> None:
+    assert rows["d0"].null_count == 0
+    assert 0 < rows["d3"].null_count < rows.num_rows // 10
+    assert min(map(len, rows["c25"].to_pylist())) == 1
