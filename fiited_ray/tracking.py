@@ -1,6 +1,6 @@
 """The one MLflow writer. The driver makes the run and ends it; in between rank 0 alone writes to it.
 
-Every call names its store: there is no global MLflow state. Metric names are stable (see docs/metrics.md).
+Every call names its store: there is no global MLflow state. Metric names are stable (see docs/how-it-works.md, "What a run logs").
 """
 
 from __future__ import annotations
