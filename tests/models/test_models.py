@@ -1,0 +1,62 @@
+"""The dense models against slow formulas, by numerical gradients, and at their edges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fiited_ray.config import ModelConfig
+from fiited_ray.models import DLRM, DCNv2, build_model
+
+KINDS = [ModelConfig(kind="dlrm", bottom=(5,), top=(6,)), ModelConfig(kind="dcnv2", cross_layers=2, cross_rank=3, top=(6,))]
+
+
+def test_dlrm_multiplies_all_pairs() -> None:
+    torch.manual_seed(0)
+    model = DLRM(3, 2, 4, (5,), (6,)).double()
+    dense, vectors = torch.randn(7, 3).double(), torch.randn(7, 2, 4).double()
+    for row in range(7):
+        below = model.bottom(dense[row])
+        all_vectors = [below, *vectors[row]]
+        products = [all_vectors[i] @ all_vectors[j] for i in range(3) for j in range(i)]
+        expected = model.top(torch.cat([below, torch.stack(products)]))[0]
+        torch.testing.assert_close(model(dense, vectors)[row], expected)
+
+
+def test_dcn_crosses_as_the_paper_writes() -> None:
+    torch.manual_seed(0)
+    model = DCNv2(3, 2, 4, 2, 3, (6,)).double()
+    dense, vectors = torch.randn(7, 3).double(), torch.randn(7, 2, 4).double()
+    for row in range(7):
+        first = torch.cat([dense[row], vectors[row].flatten()])
+        x = first
+        for layer in model.cross:
+            x = first * (layer.u.weight @ (layer.v.weight @ x) + layer.u.bias) + x
+        torch.testing.assert_close(model(dense, vectors)[row], model.deep(x)[0])
+
+
+@pytest.mark.parametrize("config", KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(0, 3), (4, 0), (1, 3)])
+def test_no_rows_and_no_dense_columns_are_fine(config: ModelConfig, rows: int, columns: int) -> None:
+    model = build_model(config, columns, 2, 4)
+    logits = model(torch.zeros(rows, columns), torch.zeros(rows, 2, 4))
+    assert logits.shape == (rows,)
+    (logits.sum() * 1.0).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_gradients_are_right(config: ModelConfig) -> None:
+    torch.manual_seed(1)
+    model = build_model(config, 3, 2, 4).double()
+    inputs = (torch.randn(3, 3).double().requires_grad_(), torch.randn(3, 2, 4).double().requires_grad_())
+    assert torch.autograd.gradcheck(model, inputs)
+
+
+@pytest.mark.parametrize("config", KINDS)
+def test_a_seed_makes_one_model(config: ModelConfig) -> None:
+    made = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        made.append(build_model(config, 3, 2, 4)(torch.ones(2, 3), torch.ones(2, 2, 4)))
+    assert torch.equal(*made)

@@ -1,0 +1,80 @@
+"""The MLflow writer on a real SQLite store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+import pytest
+from matplotlib.figure import Figure
+
+from fiited_ray import tracking
+from fiited_ray.config import Config, ConfigError, DataConfig, TrackingConfig
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/runs.db"
+    return Config(data=DataConfig(categorical=("a", "b")), name="tried", tracking=TrackingConfig(uri=uri, experiment="some experiment"))
+
+
+def test_a_run_holds_its_parameters_tags_metrics_and_artifacts(config: Config) -> None:
+    ref = tracking.create_run(config, {"synthetic_data": "True"})
+    writer = tracking.RunWriter(ref)
+    writer.metrics(10, {"train/auc": 0.7, "rows/table/a x b": 3.0})
+    writer.metrics(20, {"train/auc": 0.8, "train/ne": float("nan")})
+    writer.figure("plots/some.png", Figure())
+    tracking.finish(ref, "FINISHED")
+    client = mlflow.MlflowClient(ref.uri)
+    run = client.get_run(ref.run_id)
+    assert run.info.run_name == "tried"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["embedding.dim"] == "32"
+    assert run.data.tags["synthetic_data"] == "True"
+    assert [(each.step, each.value) for each in client.get_metric_history(ref.run_id, "train/auc")] == [(10, 0.7), (20, 0.8)]
+    assert run.data.metrics["rows/table/a x b"] == 3.0
+    assert "train/ne" not in run.data.metrics
+    text = Path(client.download_artifacts(ref.run_id, "config.yaml")).read_text()
+    assert "experiment: some experiment" in text
+    assert [each.path for each in client.list_artifacts(ref.run_id, "plots")] == ["plots/some.png"]
+
+
+def test_artifacts_lie_beside_the_database_wherever_one_stands(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    ref = tracking.create_run(config, {})
+    run = mlflow.MlflowClient(ref.uri).get_run(ref.run_id)
+    assert run.info.artifact_uri.startswith(Path(config.tracking.uri.removeprefix("sqlite:///")).parent.as_uri())
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_share_an_experiment(config: Config) -> None:
+    first, second = tracking.create_run(config, {}), tracking.create_run(config, {})
+    assert first.experiment_id == second.experiment_id
+    assert first.run_id != second.run_id
+
+
+def test_the_ui_command_names_the_store_and_the_page_names_the_run(config: Config) -> None:
+    ref = tracking.create_run(config, {})
+    assert ref.ui_command.endswith(f"--backend-store-uri {config.tracking.uri}")
+    assert "--host 127.0.0.1" in ref.ui_command
+    assert ref.page.endswith(f"/#/experiments/{ref.experiment_id}/runs/{ref.run_id}")
+
+
+def test_a_relative_database_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking.absolute_uri("http://server:5000") == "http://server:5000"
+
+
+def test_credentials_are_never_shown() -> None:
+    assert tracking.redact("https://user:secret@host:5000/x") == "https://***@host:5000/x"
+    assert tracking.redact("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
+    assert "secret" not in tracking.RunRef("https://user:secret@host", "1", "2").page
+
+
+def test_a_store_that_cannot_be_used_is_a_config_error(config: Config) -> None:
+    import dataclasses
+
+    broken = dataclasses.replace(config, tracking=TrackingConfig(uri="nonsense://somewhere"))
+    with pytest.raises(ConfigError, match="tracking.uri nonsense"):
+        tracking.create_run(broken, {})
