@@ -117,7 +117,13 @@ def main() -> int:
     print(f"{sum(distinct):,} distinct ids", flush=True)
     shares = [share for text in arguments.budgets if (share := Budget.parse(text).share) is not None]
     jobs = [(config, "full", 1.0, seed, distinct) for seed in arguments.seeds if "full" in arguments.methods]
-    jobs += [(config, method, share, seed, distinct) for seed in arguments.seeds for share in shares for method in arguments.methods if method != "full"]
+    jobs += [
+        (config, method, share, seed, distinct)
+        for seed in arguments.seeds
+        for share in shares
+        for method in arguments.methods
+        if method != "full"
+    ]
     rows: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
         for job in [pool.apply_async(run, job) for job in jobs]:

@@ -18,10 +18,10 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using fiited::Shard;
 using fiited::ShardConfig;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 void require(bool holds, const std::string& message) {
   if (!holds) throw std::runtime_error("fiited: " + message);
@@ -41,7 +41,8 @@ const T* read(const Tensor& tensor, ScalarType type, const char* name, int64_t s
   require(tensor.is_cpu(), std::string(name) + " must be on the CPU");
   require(tensor.scalar_type() == type, std::string(name) + " has the wrong dtype");
   require(tensor.is_contiguous(), std::string(name) + " must be contiguous");
-  require(size < 0 || tensor.numel() == size, std::string(name) + " must have " + std::to_string(size) + " elements, not " + std::to_string(tensor.numel()));
+  require(size < 0 || tensor.numel() == size,
+          std::string(name) + " must have " + std::to_string(size) + " elements, not " + std::to_string(tensor.numel()));
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
@@ -120,8 +121,10 @@ Tensor store_plan(std::vector<int64_t> ints, std::vector<double> floats) {
 void check_keys(const ShardConfig& config, const int64_t* keys, const int32_t* tables, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bucket = fiited::bucket_of(static_cast<uint64_t>(keys[i]));
-    require(bucket >= config.first_bucket && bucket < config.end_bucket, "key " + std::to_string(i) + " belongs to another shard (bucket " + std::to_string(bucket) + ")");
-    require(tables[i] >= 0 && tables[i] < config.tables, "table " + std::to_string(tables[i]) + " of key " + std::to_string(i) + " does not exist");
+    require(bucket >= config.first_bucket && bucket < config.end_bucket,
+            "key " + std::to_string(i) + " belongs to another shard (bucket " + std::to_string(bucket) + ")");
+    require(tables[i] >= 0 && tables[i] < config.tables,
+            "table " + std::to_string(tables[i]) + " of key " + std::to_string(i) + " does not exist");
   }
 }
 
@@ -157,10 +160,10 @@ void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, 
     require(widths_data[i] <= config.chunks, "width " + std::to_string(widths_data[i]) + " is more than all chunks");
     size += fiited::gradient_size(widths_data[i], config.chunk, config.chunks);
   }
-  shard->update(n, keys_data, tables_data, reinterpret_cast<const uint32_t*>(read<int32_t>(addresses, ScalarType::Int, "addresses", n)), widths_data,
-                read<int32_t>(counts, ScalarType::Int, "counts", n), read<float>(gradients, ScalarType::Float, "gradients", size),
-                lookup_norms ? read<float>(*lookup_norms, ScalarType::Float, "lookup_norms", n) : nullptr, lr, step,
-                static_cast<uint64_t>(quota));
+  shard->update(
+      n, keys_data, tables_data, reinterpret_cast<const uint32_t*>(read<int32_t>(addresses, ScalarType::Int, "addresses", n)), widths_data,
+      read<int32_t>(counts, ScalarType::Int, "counts", n), read<float>(gradients, ScalarType::Float, "gradients", size),
+      lookup_norms ? read<float>(*lookup_norms, ScalarType::Float, "lookup_norms", n) : nullptr, lr, step, static_cast<uint64_t>(quota));
 }
 
 Tensor store_histogram(int64_t handle) {
@@ -180,9 +183,10 @@ void store_set_limit(int64_t handle, int64_t bytes) { shard_of(handle)->set_limi
 
 Tensor store_stats(int64_t handle) {
   const fiited::ShardStats s = shard_of(handle)->stats();
-  return from_vector<int64_t>({s.payload, s.optimizer, s.index, s.sketch, s.slack, s.total, s.planned, s.fixed, s.limit, s.peak, s.rows, s.distinct,
-                               s.lookups, s.hits, s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes, s.asked_bytes},
-                              ScalarType::Long);
+  return from_vector<int64_t>(
+      {s.payload, s.optimizer, s.index,   s.sketch, s.slack,    s.total,   s.planned, s.fixed,   s.limit,          s.peak,
+       s.rows,    s.distinct,  s.lookups, s.hits,   s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes, s.asked_bytes},
+      ScalarType::Long);
 }
 
 Tensor store_rows_by_width(int64_t handle) {
@@ -198,9 +202,9 @@ void store_check(int64_t handle) { shard_of(handle)->check(); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> store_export(int64_t handle, int64_t first_bucket, int64_t end_bucket) {
   const auto rows = shard_of(handle)->export_rows(static_cast<uint32_t>(first_bucket), static_cast<uint32_t>(end_bucket));
-  return {from_vector(rows.raw_ids, ScalarType::Long),     from_vector(rows.tables, ScalarType::Int),
-          from_vector(rows.widths, ScalarType::Byte),      from_vector(rows.importance, ScalarType::Float),
-          from_vector(rows.values, ScalarType::Float),     from_vector(rows.state, ScalarType::Float)};
+  return {from_vector(rows.raw_ids, ScalarType::Long), from_vector(rows.tables, ScalarType::Int),
+          from_vector(rows.widths, ScalarType::Byte),  from_vector(rows.importance, ScalarType::Float),
+          from_vector(rows.values, ScalarType::Float), from_vector(rows.state, ScalarType::Float)};
 }
 
 void store_import(int64_t handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state) {
@@ -215,9 +219,12 @@ void store_import(int64_t handle, Tensor raw_ids, Tensor tables, Tensor widths, 
   int64_t value_count = 0;
   int64_t state_count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    require(rows.tables[i] >= 0 && rows.tables[i] < config.tables, "import: row " + std::to_string(i) + " names table " + std::to_string(rows.tables[i]));
-    require(rows.widths[i] > 0 && rows.widths[i] <= config.chunks, "import: row " + std::to_string(i) + " has width " + std::to_string(rows.widths[i]));
-    require(rows.importance[i] >= 0 && rows.importance[i] < 3e38f, "import: the importance of row " + std::to_string(i) + " is not a number >= 0");
+    require(rows.tables[i] >= 0 && rows.tables[i] < config.tables,
+            "import: row " + std::to_string(i) + " names table " + std::to_string(rows.tables[i]));
+    require(rows.widths[i] > 0 && rows.widths[i] <= config.chunks,
+            "import: row " + std::to_string(i) + " has width " + std::to_string(rows.widths[i]));
+    require(rows.importance[i] >= 0 && rows.importance[i] < 3e38f,
+            "import: the importance of row " + std::to_string(i) + " is not a number >= 0");
     value_count += rows.widths[i] * config.chunk;
     state_count += config.layout().state_bytes(rows.widths[i]) / 4;
   }
@@ -228,7 +235,8 @@ void store_import(int64_t handle, Tensor raw_ids, Tensor tables, Tensor widths, 
 
 // ---- batches --------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dedup_ids(Tensor ids, Tensor feature_ends, Tensor feature_tables, int64_t seed, int64_t workers) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dedup_ids(Tensor ids, Tensor feature_ends, Tensor feature_tables, int64_t seed,
+                                                             int64_t workers) {
   const int64_t n = ids.numel();
   const int64_t features = feature_ends.numel();
   const auto* ends = read<int64_t>(feature_ends, ScalarType::Long, "feature_ends", features);
@@ -244,9 +252,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dedup_ids(Tensor ids, Tensor 
   Tensor splits = make(workers, ScalarType::Long);
   fiited::Deduped out{0, static_cast<int64_t*>(keys.mutable_data_ptr()), static_cast<int32_t*>(tables.mutable_data_ptr()),
                       static_cast<int32_t*>(counts.mutable_data_ptr()), static_cast<int32_t*>(inverse.mutable_data_ptr())};
-  fiited::dedup_ids(read<int64_t>(ids, ScalarType::Long, "ids", n), ends, read<int32_t>(feature_tables, ScalarType::Int, "feature_tables", features),
-                    static_cast<int>(features), static_cast<uint64_t>(seed), static_cast<int>(workers), out, static_cast<int64_t*>(splits.mutable_data_ptr()));
-  return {torch::stable::narrow(keys, 0, 0, out.unique), torch::stable::narrow(tables, 0, 0, out.unique), torch::stable::narrow(counts, 0, 0, out.unique), inverse, splits};
+  fiited::dedup_ids(read<int64_t>(ids, ScalarType::Long, "ids", n), ends,
+                    read<int32_t>(feature_tables, ScalarType::Int, "feature_tables", features), static_cast<int>(features),
+                    static_cast<uint64_t>(seed), static_cast<int>(workers), out, static_cast<int64_t*>(splits.mutable_data_ptr()));
+  return {torch::stable::narrow(keys, 0, 0, out.unique), torch::stable::narrow(tables, 0, 0, out.unique),
+          torch::stable::narrow(counts, 0, 0, out.unique), inverse, splits};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dedup_keys(Tensor keys, Tensor tables, Tensor counts) {
@@ -259,7 +269,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dedup_keys(Tensor keys, Tensor tables
                       static_cast<int32_t*>(out_counts.mutable_data_ptr()), static_cast<int32_t*>(inverse.mutable_data_ptr())};
   fiited::dedup_keys(n, read<int64_t>(keys, ScalarType::Long, "keys", n), read<int32_t>(tables, ScalarType::Int, "tables", n),
                      read<int32_t>(counts, ScalarType::Int, "counts", n), out);
-  return {torch::stable::narrow(out_keys, 0, 0, out.unique), torch::stable::narrow(out_tables, 0, 0, out.unique), torch::stable::narrow(out_counts, 0, 0, out.unique), inverse};
+  return {torch::stable::narrow(out_keys, 0, 0, out.unique), torch::stable::narrow(out_tables, 0, 0, out.unique),
+          torch::stable::narrow(out_counts, 0, 0, out.unique), inverse};
 }
 
 // Where each row starts, in floats, and how many there are in all.
@@ -267,29 +278,41 @@ std::vector<int64_t> starts_of(const uint8_t* widths, int64_t rows, int64_t chun
   std::vector<int64_t> starts(rows + 1, 0);
   for (int64_t i = 0; i < rows; ++i) {
     require(widths[i] <= chunks, "width " + std::to_string(widths[i]) + " of row " + std::to_string(i) + " is more than all chunks");
-    starts[i + 1] = starts[i] + (wire ? fiited::gradient_size(widths[i], static_cast<int>(chunk), static_cast<int>(chunks)) : widths[i] * chunk);
+    starts[i + 1] =
+        starts[i] + (wire ? fiited::gradient_size(widths[i], static_cast<int>(chunk), static_cast<int>(chunks)) : widths[i] * chunk);
   }
   return starts;
 }
 
-fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights, ScalarType real, int64_t features, bool mean,
-                     int64_t chunk, int64_t chunks, int64_t rows) {
+fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights, ScalarType real, int64_t features,
+                     bool mean, int64_t chunk, int64_t chunks, int64_t rows) {
   require(features > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
   const int64_t n = inverse.numel();
-  fiited::Bags bags{features, (offsets.numel() - 1) / features, read<int64_t>(offsets, ScalarType::Long, "offsets", -1),
-                    read<int32_t>(inverse, ScalarType::Int, "inverse", n), nullptr, mean, static_cast<int>(chunk), static_cast<int>(chunks)};
+  fiited::Bags bags{features,
+                    (offsets.numel() - 1) / features,
+                    read<int64_t>(offsets, ScalarType::Long, "offsets", -1),
+                    read<int32_t>(inverse, ScalarType::Int, "inverse", n),
+                    nullptr,
+                    mean,
+                    static_cast<int>(chunk),
+                    static_cast<int>(chunks)};
   const int64_t last = features * bags.batch;
   require(bags.offsets[0] == 0 && bags.offsets[last] == n, "offsets must begin at 0 and end at the number of lookups");
   for (int64_t i = 0; i < last; ++i) {
-    require(bags.offsets[i] <= bags.offsets[i + 1], "offsets fall at feature " + std::to_string(i / std::max<int64_t>(bags.batch, 1)) + ", position " + std::to_string(i % std::max<int64_t>(bags.batch, 1)));
+    require(bags.offsets[i] <= bags.offsets[i + 1], "offsets fall at feature " + std::to_string(i / std::max<int64_t>(bags.batch, 1)) +
+                                                        ", position " + std::to_string(i % std::max<int64_t>(bags.batch, 1)));
   }
-  for (int64_t i = 0; i < n; ++i) require(bags.inverse[i] >= 0 && bags.inverse[i] < rows, "lookup " + std::to_string(i) + " names a row that is not there");
-  if (weights) bags.weights = real == ScalarType::Double ? static_cast<const void*>(read<double>(*weights, real, "weights", n)) : read<float>(*weights, real, "weights", n);
+  for (int64_t i = 0; i < n; ++i)
+    require(bags.inverse[i] >= 0 && bags.inverse[i] < rows, "lookup " + std::to_string(i) + " names a row that is not there");
+  if (weights)
+    bags.weights = real == ScalarType::Double ? static_cast<const void*>(read<double>(*weights, real, "weights", n))
+                                              : read<float>(*weights, real, "weights", n);
   return bags;
 }
 
 ScalarType real_type(const Tensor& tensor, const char* name) {
-  require(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double, std::string(name) + " must be float32 or float64");
+  require(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double,
+          std::string(name) + " must be float32 or float64");
   return tensor.scalar_type();
 }
 
@@ -298,7 +321,8 @@ auto with_real(ScalarType type, Visit&& visit) {
   return type == ScalarType::Double ? visit(double{}) : visit(float{});
 }
 
-Tensor pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean, int64_t chunk, int64_t chunks) {
+Tensor pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean,
+            int64_t chunk, int64_t chunks) {
   const ScalarType type = real_type(values, "values");
   const int64_t rows = widths.numel();
   const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
@@ -308,13 +332,14 @@ Tensor pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, std::o
   torch::stable::zero_(out);
   with_real(type, [&](auto real) {
     using Real = decltype(real);
-    fiited::pool<Real>(bags, read<Real>(values, type, "values", starts.back()), starts.data(), widths_data, static_cast<Real*>(out.mutable_data_ptr()));
+    fiited::pool<Real>(bags, read<Real>(values, type, "values", starts.back()), starts.data(), widths_data,
+                       static_cast<Real*>(out.mutable_data_ptr()));
   });
   return out;
 }
 
-Tensor pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean, int64_t chunk,
-                     int64_t chunks, bool fold) {
+Tensor pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features,
+                     bool mean, int64_t chunk, int64_t chunks, bool fold) {
   const ScalarType type = real_type(grad_out, "grad_out");
   const int64_t rows = widths.numel();
   const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
@@ -330,7 +355,8 @@ Tensor pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offs
   return out;
 }
 
-Tensor pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tensor inverse, Tensor offsets, int64_t features, bool mean, int64_t chunk, int64_t chunks) {
+Tensor pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tensor inverse, Tensor offsets, int64_t features, bool mean,
+                             int64_t chunk, int64_t chunks) {
   const ScalarType type = real_type(grad_out, "grad_out");
   const int64_t rows = widths.numel();
   const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
@@ -340,16 +366,19 @@ Tensor pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tens
   with_real(type, [&](auto real) {
     using Real = decltype(real);
     const auto* grad = read<Real>(grad_out, type, "grad_out", bags.batch * features * chunk * chunks);
-    fiited::pool_weights_backward<Real>(bags, grad, read<Real>(values, type, "values", starts.back()), starts.data(), widths_data, static_cast<Real*>(out.mutable_data_ptr()));
+    fiited::pool_weights_backward<Real>(bags, grad, read<Real>(values, type, "values", starts.back()), starts.data(), widths_data,
+                                        static_cast<Real*>(out.mutable_data_ptr()));
   });
   return out;
 }
 
-Tensor lookup_norms(Tensor grad_out, int64_t rows, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean, int64_t dim) {
+Tensor lookup_norms(Tensor grad_out, int64_t rows, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features,
+                    bool mean, int64_t dim) {
   const fiited::Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, dim, 1, rows);
   Tensor out = make(rows, ScalarType::Float);
   torch::stable::zero_(out);
-  fiited::lookup_norms(bags, read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * dim), static_cast<float*>(out.mutable_data_ptr()));
+  fiited::lookup_norms(bags, read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * dim),
+                       static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -368,7 +397,8 @@ Tensor sum_gradients(Tensor from, Tensor target, Tensor widths, int64_t chunk, i
   }
   Tensor out = make(starts.back(), ScalarType::Float);
   torch::stable::zero_(out);
-  fiited::add_rows(n, target_data, sizes.data(), read<float>(from, ScalarType::Float, "from", total), starts.data(), static_cast<float*>(out.mutable_data_ptr()));
+  fiited::add_rows(n, target_data, sizes.data(), read<float>(from, ScalarType::Float, "from", total), starts.data(),
+                   static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -410,7 +440,8 @@ Tensor hash_strings(Tensor offsets, Tensor bytes) {
 Tensor cross_ids(Tensor left, Tensor right) {
   const int64_t n = left.numel();
   Tensor out = make(n, ScalarType::Long);
-  fiited::cross_ids(n, read<int64_t>(left, ScalarType::Long, "left", n), read<int64_t>(right, ScalarType::Long, "right", n), static_cast<int64_t*>(out.mutable_data_ptr()));
+  fiited::cross_ids(n, read<int64_t>(left, ScalarType::Long, "left", n), read<int64_t>(right, ScalarType::Long, "right", n),
+                    static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -422,8 +453,12 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("store_create(int[] ints, float[] floats) -> int");
   m.def("store_destroy(int handle) -> ()");
   m.def("store_plan(int[] ints, float[] floats) -> Tensor");
-  m.def("store_lookup(int handle, Tensor keys, Tensor tables, Tensor counts, bool training, int step, int quota, bool with_values) -> (Tensor, Tensor, Tensor)");
-  m.def("store_update(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients, Tensor? lookup_norms, float lr, int step, int quota) -> ()");
+  m.def(
+      "store_lookup(int handle, Tensor keys, Tensor tables, Tensor counts, bool training, int step, int quota, bool with_values) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "store_update(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients, Tensor? "
+      "lookup_norms, float lr, int step, int quota) -> ()");
   m.def("store_histogram(int handle) -> Tensor");
   m.def("store_shrink(int handle, float threshold) -> int");
   m.def("store_grow(int handle) -> ()");
@@ -434,12 +469,22 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("store_check(int handle) -> ()");
   m.def("store_export(int handle, int first_bucket, int end_bucket) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("store_import(int handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state) -> ()");
-  m.def("dedup_ids(Tensor ids, Tensor feature_ends, Tensor feature_tables, int seed, int workers) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dedup_ids(Tensor ids, Tensor feature_ends, Tensor feature_tables, int seed, int workers) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def("dedup_keys(Tensor keys, Tensor tables, Tensor counts) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int chunk, int chunks) -> Tensor");
-  m.def("pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int chunk, int chunks, bool fold) -> Tensor");
-  m.def("pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tensor inverse, Tensor offsets, int features, bool mean, int chunk, int chunks) -> Tensor");
-  m.def("lookup_norms(Tensor grad_out, int rows, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int dim) -> Tensor");
+  m.def(
+      "pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int chunk, int chunks) "
+      "-> Tensor");
+  m.def(
+      "pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int chunk, "
+      "int chunks, bool fold) -> Tensor");
+  m.def(
+      "pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tensor inverse, Tensor offsets, int features, bool mean, int "
+      "chunk, int chunks) -> Tensor");
+  m.def(
+      "lookup_norms(Tensor grad_out, int rows, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int dim) -> "
+      "Tensor");
   m.def("sum_gradients(Tensor from_, Tensor target, Tensor widths, int chunk, int chunks) -> Tensor");
   m.def("take_rows(Tensor values, Tensor widths, Tensor take, int chunk) -> Tensor");
 }

@@ -161,7 +161,11 @@ class EmbeddingConfig:
     restore_scale: float = 0.0  # the same for a chunk that an existing row wins back
 
     def __post_init__(self) -> None:
-        _require(self.chunk > 0 and self.dim > 0 and self.dim % self.chunk == 0, "embedding: dim must be a multiple of chunk", (self.dim, self.chunk))
+        _require(
+            self.chunk > 0 and self.dim > 0 and self.dim % self.chunk == 0,
+            "embedding: dim must be a multiple of chunk",
+            (self.dim, self.chunk),
+        )
         _require(self.dim // self.chunk <= 64, "embedding: more than 64 chunks per row; take a larger chunk", self.dim // self.chunk)
         _require(self.lr > 0, "embedding.lr must be above 0", self.lr)
         _require(self.eps >= 0, "embedding.eps must not be negative", self.eps)
@@ -173,7 +177,7 @@ class EmbeddingConfig:
 class PolicyConfig:
     """Which rows and chunks are worth their bytes, and when that is decided anew."""
 
-    alpha: float = 4.0  # chunk j of a row with importance s has utility s / alpha**j
+    alpha: float = 3.0  # chunk j of a row with importance s has utility s / alpha**j
     importance: Literal["frequency_x_norm", "norm", "lookup_norm_sum", "frequency"] = "frequency_x_norm"
     admission: float = 2.0  # an id without a row must beat the threshold by this factor to get one
     decay: float = 0.9999  # of the importance, per step
@@ -243,7 +247,9 @@ class TrackingConfig:
     log_every: int = 10  # steps
 
     def __post_init__(self) -> None:
-        _require(not self.uri.startswith("file:"), "tracking.uri: MLflow no longer takes file: stores; use sqlite:///PATH or a server", self.uri)
+        _require(
+            not self.uri.startswith("file:"), "tracking.uri: MLflow no longer takes file: stores; use sqlite:///PATH or a server", self.uri
+        )
         _require(self.log_every > 0, "tracking.log_every must be above 0", self.log_every)
 
 
@@ -263,7 +269,11 @@ class Config:
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
-        _require(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name) is not None, "name: letters, digits, '.', '_' and '-' only, not '.' first", self.name)
+        _require(
+            re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name) is not None,
+            "name: letters, digits, '.', '_' and '-' only, not '.' first",
+            self.name,
+        )
         _require(self.data.time is None or self.train.epochs == 1, "train.epochs: time-ordered data is read once", self.train.epochs)
 
     def to_dict(self) -> dict[str, Any]:

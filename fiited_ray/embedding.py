@@ -114,7 +114,7 @@ class ShardedEmbedding(nn.Module):
         pooled, routed = self._read(batch)
         if not self.training:
             return pooled
-        return cast(Tensor, _Update.apply(pooled, self._anchor, self, routed))
+        return cast(Tensor, _Update.apply(pooled, self._anchor, self, routed))  # type: ignore[no-untyped-call]
 
     @property
     def crowded(self) -> bool:

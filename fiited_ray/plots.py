@@ -67,7 +67,9 @@ def widths_by_table(tables: Sequence[str], rows: np.ndarray, title: str) -> Figu
 
 def importance_histogram(rows: np.ndarray, threshold: float, levels: Sequence[float], title: str) -> Figure:
     """Rows by importance, and where the widths are cut. rows: int64 [2048], before the round."""
-    figure, axes = _figure(f"Importance of resident rows at the last round{title}", "importance (decayed sum of frequency x gradient norm)", "rows per bin")
+    figure, axes = _figure(
+        f"Importance of resident rows at the last round{title}", "importance (decayed sum of frequency x gradient norm)", "rows per bin"
+    )
     edges = bin_edges()
     grouped = rows.reshape(-1, 8).sum(1)
     edges_shown = edges[np.arange(0, BINS, 8)]
@@ -81,7 +83,9 @@ def importance_histogram(rows: np.ndarray, threshold: float, levels: Sequence[fl
         if threshold > 0:
             axes.axvline(threshold * level, color=RED, linewidth=1.5 if width == 1 else 0.8, linestyle="-" if width == 1 else ":")
             name = f"threshold {threshold:.2g}\nwidth 1" if width == 1 else f"width {width}"
-            axes.annotate(name, (threshold * level, 1), xycoords=("data", "axes fraction"), color=RED, fontsize=8, rotation=90, va="top", ha="right")
+            axes.annotate(
+                name, (threshold * level, 1), xycoords=("data", "axes fraction"), color=RED, fontsize=8, rotation=90, va="top", ha="right"
+            )
     return figure
 
 

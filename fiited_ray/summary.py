@@ -27,12 +27,14 @@ def summary(plan: Plan, outcome: Outcome) -> str:
         lines.append(f"    {part:<18}{size / _MIB:>10.2f} MiB {size / total:>7.1%}")
     lines.append(f"    {'total':<18}{total / _MIB:>10.2f} MiB")
     if "bytes/budget" in values:
-        budget = values["bytes/budget"]
-        lines.append(f"    {'most at any step':<18}{values['bytes/peak_of_run'] / _MIB:>10.2f} MiB {values['bytes/peak_of_run'] / budget:>7.1%} of the budget")
+        budget, peak = values["bytes/budget"], values["bytes/peak_of_run"]
+        lines.append(f"    {'most at any step':<18}{peak / _MIB:>10.2f} MiB {peak / budget:>7.1%} of the budget")
         lines.append(f"    {'budget':<18}{budget / _MIB:>10.2f} MiB")
     dense = values["bytes/dense_equivalent"]
     lines.append(f"    {'dense equivalent':<18}{dense / _MIB:>10.2f} MiB  full width for the ids seen, with optimizer state")
-    lines.append(f"  bytes are {total / dense:.2%} of the dense equivalent; {1 - values['parameters/kept_share']:.2%} of the parameters are gone")
+    lines.append(
+        f"  bytes are {total / dense:.2%} of the dense equivalent; {1 - values['parameters/kept_share']:.2%} of the parameters are gone"
+    )
     chunk = config.embedding.chunk
     widths = [f"{width * chunk} dims: {values[f'rows/width_{width}']:,.0f}" for width in range(1, config.embedding.dim // chunk + 1)]
     lines.append(f"  rows {values['rows/total']:,.0f} ({', '.join(widths)})")

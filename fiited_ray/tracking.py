@@ -106,7 +106,11 @@ def absolute_uri(uri: str) -> str:
 def redact(uri: str) -> str:
     """The address without user and password."""
     parts = urlsplit(uri)
-    return uri if parts.password is None and parts.username is None else urlunsplit(parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}"))
+    return (
+        uri
+        if parts.password is None and parts.username is None
+        else urlunsplit(parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}"))
+    )
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:

@@ -35,8 +35,10 @@ def main() -> int:
         return 2
     rows = worker.shard.stats().rows
     print(f"model {arguments.model}: {rows:,} rows, trained for {model.step:,} steps")
-    print(f"{scores['rows']:,.0f} rows{' of synthetic data' if files.synthetic else ''}: AUC {scores['auc']:.4f}, NE {scores['ne']:.4f}, "
-          f"log loss {scores['logloss']:.4f}, calibration {scores['calibration']:.3f}")
+    print(
+        f"{scores['rows']:,.0f} rows{' of synthetic data' if files.synthetic else ''}: AUC {scores['auc']:.4f}, NE {scores['ne']:.4f}, "
+        f"log loss {scores['logloss']:.4f}, calibration {scores['calibration']:.3f}"
+    )
     return 0
 
 

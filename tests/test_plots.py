@@ -29,8 +29,14 @@ def texts(figure: Figure) -> str:
     ("figure", "wanted"),
     [
         (plots.bytes_over_time(STEPS, VALUES, " (synthetic data)"), ["MiB", "budget", "payload", "128.0 MiB", "(synthetic data)"]),
-        (plots.quality_over_time(STEPS, VALUES, {"eval/auc": 0.77, "eval/ne": 0.79}, " (synthetic data)"), ["AUC", "test 0.7700", "test 0.7900"]),
-        (plots.widths_by_table(["user", "item x user"], np.array([[5, 1], [0, 0]]), ""), ["user (6)", "item x user (0)", "1 chunk", "2 chunks"]),
+        (
+            plots.quality_over_time(STEPS, VALUES, {"eval/auc": 0.77, "eval/ne": 0.79}, " (synthetic data)"),
+            ["AUC", "test 0.7700", "test 0.7900"],
+        ),
+        (
+            plots.widths_by_table(["user", "item x user"], np.array([[5, 1], [0, 0]]), ""),
+            ["user (6)", "item x user (0)", "1 chunk", "2 chunks"],
+        ),
         (plots.importance_histogram(np.arange(2048), 0.01, (1.0, 4.0), ""), ["threshold 0.01", "width 2", "rows per bin"]),
         (plots.hit_rate(STEPS, VALUES, ""), ["share of lookups"]),
         (plots.time_by_phase(STEPS, VALUES, ""), ["route", "round", "ms per step"]),

@@ -76,5 +76,5 @@ def test_a_store_that_cannot_be_used_is_a_config_error(config: Config) -> None:
     import dataclasses
 
     broken = dataclasses.replace(config, tracking=TrackingConfig(uri="nonsense://somewhere"))
-    with pytest.raises(ConfigError, match="tracking.uri nonsense"):
+    with pytest.raises(ConfigError, match=r"tracking\.uri nonsense"):
         tracking.create_run(broken, {})

@@ -57,8 +57,6 @@ FIITED_HD uint32_t partition_bits(uint64_t key) { return static_cast<uint32_t>(k
 FIITED_HD uint32_t tag12_of(uint64_t key) { return static_cast<uint32_t>(key >> 32) & 0xFFFu; }
 
 // Maps 32 uniform bits to [0, n) without a division (Lemire 2019, arXiv 1805.10941).
-FIITED_HD uint32_t reduce_range(uint32_t bits, uint32_t n) {
-  return static_cast<uint32_t>((static_cast<uint64_t>(bits) * n) >> 32);
-}
+FIITED_HD uint32_t reduce_range(uint32_t bits, uint32_t n) { return static_cast<uint32_t>((static_cast<uint64_t>(bits) * n) >> 32); }
 
 }  // namespace fiited

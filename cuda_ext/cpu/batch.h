@@ -7,16 +7,16 @@ namespace fiited {
 
 struct Deduped {
   int64_t unique;
-  int64_t* keys;      // [N] capacity; `unique` are written
-  int32_t* tables;    // [N]
-  int32_t* counts;    // [N] lookups of each unique key
-  int32_t* inverse;   // [N] position among the unique ones
+  int64_t* keys;     // [N] capacity; `unique` are written
+  int32_t* tables;   // [N]
+  int32_t* counts;   // [N] lookups of each unique key
+  int32_t* inverse;  // [N] position among the unique ones
 };
 
 // Raw ids, feature by feature, to unique keys in the order of their owner and, within an owner, of first occurrence.
 // `splits` [workers] receives how many belong to each. Throws when there are 2^31 ids or more.
-void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* feature_tables, int features, uint64_t seed,
-               int workers, Deduped& out, int64_t* splits);
+void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* feature_tables, int features, uint64_t seed, int workers,
+               Deduped& out, int64_t* splits);
 
 // The same for keys that came from several workers: their counts are summed. Order of first occurrence.
 void dedup_keys(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, Deduped& out);

@@ -61,8 +61,8 @@ void group_by_owner(int64_t n, int workers, Deduped& out, int64_t* splits) {
 
 }  // namespace
 
-void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* feature_tables, int features, uint64_t seed,
-               int workers, Deduped& out, int64_t* splits) {
+void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* feature_tables, int features, uint64_t seed, int workers,
+               Deduped& out, int64_t* splits) {
   const int64_t n = features ? feature_ends[features - 1] : 0;
   check_size(n);
   Seen seen(n);

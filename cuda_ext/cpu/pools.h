@@ -119,7 +119,9 @@ class Pools {
 
   // Bytes of partly filled slabs at worst: one for each width, and one more while a row moves between pools.
   static int64_t partial_slab_bytes(const RowLayout& layout, int slab_rows_log2) {
-    const auto slab = [&](int width) { return static_cast<int64_t>(Memory::rounded((size_t{1} << slab_rows_log2) * layout.stride(width))); };
+    const auto slab = [&](int width) {
+      return static_cast<int64_t>(Memory::rounded((size_t{1} << slab_rows_log2) * layout.stride(width)));
+    };
     int64_t bytes = slab(layout.chunks);
     for (int width = 1; width <= layout.chunks; ++width) bytes += slab(width);
     return bytes;

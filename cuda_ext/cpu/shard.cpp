@@ -11,8 +11,8 @@ namespace fiited {
 
 namespace {
 
-constexpr int kBlock = 32;             // keys probed together, so that their cache misses overlap
-constexpr int kLowerAt = 16;           // octaves of decay after which all importances are scaled down
+constexpr int kBlock = 32;    // keys probed together, so that their cache misses overlap
+constexpr int kLowerAt = 16;  // octaves of decay after which all importances are scaled down
 constexpr uint64_t kAllKeys = 1ull << 32;
 
 int64_t counter_bytes(const ShardConfig& config) {
@@ -46,8 +46,8 @@ class ShardOf final : public Shard {
     memory_.set_limit(bytes > 0 ? bytes - uncounted_bytes() : Memory::kUnlimited);
   }
 
-  int64_t lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step,
-                 uint64_t quota, uint32_t* addresses, uint8_t* widths, float* values) override {
+  int64_t lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step, uint64_t quota,
+                 uint32_t* addresses, uint8_t* widths, float* values) override {
     const bool open = training && threshold_ == 0.0;
     float* out = values;
     uint32_t candidates[kBlock];
@@ -99,13 +99,15 @@ class ShardOf final : public Shard {
                                                 : pools_.holds(addresses[i]) && pools_.width(addresses[i]) == widths[i] &&
                                                       is_row(addresses[i], keys[i], static_cast<uint16_t>(tables[i]));
       if (!fits) {
-        throw std::runtime_error("update: row " + std::to_string(i) + " was resized or moved since its lookup; look up again after a round");
+        throw std::runtime_error("update: row " + std::to_string(i) +
+                                 " was resized or moved since its lookup; look up again after a round");
       }
     }
     advance(step);
     switch (config_.optimizer) {
       case Optimizer::kSgd: return update_rows<Optimizer::kSgd>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
-      case Optimizer::kAdagrad: return update_rows<Optimizer::kAdagrad>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
+      case Optimizer::kAdagrad:
+        return update_rows<Optimizer::kAdagrad>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
       case Optimizer::kRowwiseAdagrad:
         return update_rows<Optimizer::kRowwiseAdagrad>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
       case Optimizer::kAdam: return update_rows<Optimizer::kAdam>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
@@ -229,7 +231,8 @@ class ShardOf final : public Shard {
       const int width = rows.widths[i];
       const auto table = static_cast<uint16_t>(rows.tables[i]);
       const uint64_t key = key_of(static_cast<uint64_t>(rows.raw_ids[i]), salts_[table]);
-      const std::string name = "import: row " + std::to_string(i) + " (table " + std::to_string(table) + ", id " + std::to_string(rows.raw_ids[i]) + ")";
+      const std::string name =
+          "import: row " + std::to_string(i) + " (table " + std::to_string(table) + ", id " + std::to_string(rows.raw_ids[i]) + ")";
       const uint32_t bucket = bucket_of(key);
       if (bucket < config_.first_bucket || bucket >= config_.end_bucket) throw std::runtime_error(name + " belongs to another shard");
       if (find(key, table) != kAbsent) throw std::runtime_error(name + " is already in the store");
@@ -251,13 +254,16 @@ class ShardOf final : public Shard {
       for (uint32_t at = 0; at < pools_.count(width); ++at) {
         const uint32_t address = pools_.address_of(width, at);
         const RowHeader& header = pools_.header(address);
-        if (find(header.key, header.table) != address) throw std::runtime_error("check: the index does not lead to row " + std::to_string(address));
-        if (!(header.importance >= 0)) throw std::runtime_error("check: importance of row " + std::to_string(address) + " is negative or NaN");
+        if (find(header.key, header.table) != address)
+          throw std::runtime_error("check: the index does not lead to row " + std::to_string(address));
+        if (!(header.importance >= 0))
+          throw std::runtime_error("check: importance of row " + std::to_string(address) + " is negative or NaN");
         ++rows_by[header.table * layout_.chunks + width - 1];
         planned += row_bytes_[width];
       }
     }
-    if (planned != planned_) throw std::runtime_error("check: planned bytes are " + std::to_string(planned_) + ", not " + std::to_string(planned));
+    if (planned != planned_)
+      throw std::runtime_error("check: planned bytes are " + std::to_string(planned_) + ", not " + std::to_string(planned));
     if (rows_by != rows_by_) throw std::runtime_error("check: rows by table and width are miscounted");
     if (memory_.used() + uncounted_bytes() > limit_) throw std::runtime_error("check: more bytes are taken than the limit allows");
     if (memory_.used() + uncounted_bytes() > planned_) throw std::runtime_error("check: more bytes are taken than planned");
@@ -272,9 +278,7 @@ class ShardOf final : public Shard {
   KeyAt key_at() const { return {&pools_}; }
 
   // Small fixed parts that do not come from memory_.
-  int64_t uncounted_bytes() const {
-    return Index::directory_bytes(config_.partitions_log2()) + counter_bytes(config_);
-  }
+  int64_t uncounted_bytes() const { return Index::directory_bytes(config_.partitions_log2()) + counter_bytes(config_); }
 
   bool is_row(uint32_t address, uint64_t key, uint16_t table) const {
     const RowHeader& header = pools_.header(address);
@@ -385,7 +389,13 @@ class ShardOf final : public Shard {
   template <Optimizer kind>
   void update_rows(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const int32_t* counts,
                    const float* gradients, const float* lookup_norms, double lr, int64_t step) {
-    StepConstants constants{static_cast<float>(lr), static_cast<float>(config_.eps), static_cast<float>(config_.beta1), static_cast<float>(config_.beta2), 1, 1, step};
+    StepConstants constants{static_cast<float>(lr),
+                            static_cast<float>(config_.eps),
+                            static_cast<float>(config_.beta1),
+                            static_cast<float>(config_.beta2),
+                            1,
+                            1,
+                            step};
     if (kind == Optimizer::kAdam) {
       constants.correction1 = static_cast<float>(1 - std::pow(config_.beta1, static_cast<double>(step)));
       constants.correction2 = static_cast<float>(1 - std::pow(config_.beta2, static_cast<double>(step)));

@@ -37,8 +37,8 @@ struct ShardConfig {
   double init_scale;
   double restore_scale;
   double decay;
-  double admission;        // a key without a row must beat the threshold by this factor
-  double narrow_lr_power;  // a row of width w learns at lr * (chunks / w)^this
+  double admission;            // a key without a row must beat the threshold by this factor
+  double narrow_lr_power;      // a row of width w learns at lr * (chunks / w)^this
   std::vector<double> levels;  // threshold multiples of the chunks, not decreasing
 
   RowLayout layout() const { return {chunk, chunks, storage == Storage::kFloat32 ? 4 : 2, optimizer}; }
@@ -86,7 +86,8 @@ class Shard {
   // importance needs it. An absent key's importance goes to the sketch; once its estimate passes the cut it
   // gets a row, if it is among the share `quota` and there is room.
   virtual void update(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const uint8_t* widths,
-                      const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step, uint64_t quota) = 0;
+                      const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step,
+                      uint64_t quota) = 0;
 
   // rows and planned bytes by importance bin: [2 * kImportanceBins].
   virtual void histogram(int64_t* out) const = 0;

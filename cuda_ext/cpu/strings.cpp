@@ -1,7 +1,7 @@
+#include <cstring>
+
 #include "core/hash.h"
 #include "cpu/batch.h"
-
-#include <cstring>
 
 namespace fiited {
 

@@ -10,7 +10,14 @@ from torch import Tensor
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names file, column, row or position, and what to do."""
+    """Data that cannot be used; the message names file, column, row or position, and what to do.
+
+    row: which row of the table at hand, where it is one row's fault: readers turn it into a row of a file.
+    """
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 @dataclass(frozen=True)
@@ -50,14 +57,21 @@ class Batch:
         if bool((lengths < 0).any()):
             at = int((lengths < 0).nonzero()[0])
             feature = features[at // rows]
-            raise DataError(f"feature {feature!r}, row {at % rows} of the batch: its offsets fall from {self.offsets[at]} to {self.offsets[at + 1]}")
+            raise DataError(
+                f"feature {feature!r}, row {at % rows} of the batch: its offsets fall from {self.offsets[at]} to {self.offsets[at + 1]}"
+            )
         if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != len(self.ids):
-            raise DataError(f"offsets go from {self.offsets[0]} to {self.offsets[-1]}; they must go from 0 to the number of ids, {len(self.ids)}")
+            raise DataError(
+                f"offsets go from {self.offsets[0]} to {self.offsets[-1]}; they must go from 0 to the number of ids, {len(self.ids)}"
+            )
         finite = torch.isfinite(self.dense)
         if not bool(finite.all()):
             row, column = (~finite).nonzero()[0].tolist()
             name = repr(dense[column]) if column < len(dense) else str(column)
-            raise DataError(f"dense column {name}, row {row} of the batch: {self.dense[row, column]}; clean the data, or leave the value null if it is missing")
+            raise DataError(
+                f"dense column {name}, row {row} of the batch: {self.dense[row, column]}; "
+                "clean the data, or leave the value null if it is missing"
+            )
         odd = (self.labels != 0) & (self.labels != 1)
         if bool(odd.any()):
             row = int(odd.nonzero()[0])
@@ -71,6 +85,8 @@ class Batch:
         if self.dense.dim() != 2 or len(self.dense) != rows:
             raise DataError(f"batch.dense has shape {tuple(self.dense.shape)} for {rows} labels")
         if len(self.offsets) != features * rows + 1:
-            raise DataError(f"batch.offsets has {len(self.offsets)} entries; {features} features x {rows} rows + 1 = {features * rows + 1} are wanted")
+            raise DataError(
+                f"batch.offsets has {len(self.offsets)} entries; {features} features x {rows} rows + 1 = {features * rows + 1} are wanted"
+            )
         if self.weights is not None and self.weights.shape != self.ids.shape:
             raise DataError(f"batch.weights has {len(self.weights)} entries for {len(self.ids)} ids")

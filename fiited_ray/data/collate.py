@@ -74,7 +74,8 @@ class Collator:
         if bad.any():
             row = int(bad.argmax())
             raise DataError(
-                f"{where}: column {derived.column!r}, row {row}: {column[row]} cannot be binned; leave the value null if it is missing"
+                f"{where}: column {derived.column!r}, row {row}: {column[row]} cannot be binned; leave the value null if it is missing",
+                row,
             )
         ids = torch.from_numpy(values.astype(np.int64))
         return _mark_nulls(ids, column)
@@ -87,7 +88,8 @@ class Collator:
             if not np.isfinite(values).all():
                 row = int((~np.isfinite(values)).argmax())
                 raise DataError(
-                    f"{where}: dense column {name!r}, row {row}: {values[row]}; clean the data, or leave the value null if it is missing"
+                    f"{where}: dense column {name!r}, row {row}: {values[row]}; clean the data, or leave the value null if it is missing",
+                    row,
                 )
             out[:, at] = values
         if self.config.dense_transform == "log1p":
@@ -126,7 +128,7 @@ def _scalar_ids(array: pa.Array, name: str, where: str, owners: Tensor | None = 
     if not pa.types.is_uint64(kind) and bool((ids == NULL_ID).any()):
         at = int((ids == NULL_ID).nonzero()[0])
         row = at if owners is None else int(owners[at])
-        raise DataError(f"{where}: column {name!r}, row {row}: the id -2**63 stands for a missing value; write null instead")
+        raise DataError(f"{where}: column {name!r}, row {row}: the id -2**63 stands for a missing value; write null instead", row)
     return _mark_nulls(ids, array)
 
 
@@ -168,10 +170,10 @@ def _lists(array: pa.Array, name: str, where: str) -> tuple[Tensor, Tensor]:
 def _labels(array: pa.Array, name: str, where: str) -> Tensor:
     if array.null_count:
         row = int(array.is_null().to_numpy(zero_copy_only=False).argmax())
-        raise DataError(f"{where}: label column {name!r}, row {row} is null; every row needs a label of 0 or 1")
+        raise DataError(f"{where}: label column {name!r}, row {row} is null; every row needs a label of 0 or 1", row)
     values = pc.cast(array, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     odd = (values != 0) & (values != 1)
     if odd.any():
         row = int(odd.argmax())
-        raise DataError(f"{where}: label column {name!r}, row {row}: {values[row]}; labels are 0 or 1")
+        raise DataError(f"{where}: label column {name!r}, row {row}: {values[row]}; labels are 0 or 1", row)
     return torch.from_numpy(values.copy())

@@ -30,6 +30,14 @@ class Files:
     def total_rows(self) -> int:
         return sum(self.rows)
 
+    def locate(self, row: int) -> str:
+        """Where a row, counted over all files, stands."""
+        for path, rows in zip(self.paths, self.rows, strict=True):
+            if row < rows:
+                return f"row {row} of {path}"
+            row -= rows
+        return f"row {row} behind the last file"
+
 
 def check_files(patterns: tuple[str, ...], config: DataConfig, role: str = "data.train") -> Files:
     """Find files and check their schema against the config, from metadata alone.

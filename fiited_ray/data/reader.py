@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -48,7 +48,8 @@ def parquet_batches(
         DataError: for bad data, naming file, column and row.
     """
     collate = Collator(config)
-    batches = (collate(_slice(table, rank, workers), where) for table, where in _global_batches(files, config, batch_size, max_rows))
+    tables = (_slice(table, rank, workers) for table in _global_batches(files, config, batch_size, max_rows))
+    batches = _collated(tables, collate, batch_size, files.locate)
     return _ahead(batches) if prefetch else batches
 
 
@@ -66,12 +67,28 @@ def ray_dataset(files: Files, config: DataConfig, max_rows: int | None = None) -
 def ray_batches(shard: ray.data.DataIterator, config: DataConfig, batch_size: int, rank: int, workers: int) -> Iterator[Batch]:
     """A worker's batches from its Ray Data iterator, which must deliver the whole data set in order (see `data_config`).
 
-    Every worker streams the same blocks, which share memory on a node, and cuts its slice out of each global batch: exact order and
-    equal steps for any number of workers, at the price of each node reading all of the data.
+    Every worker runs the whole data set's reading and cuts its slice out of each global batch before it is collated: exact order and
+    equal steps for any number of workers and no row lost, at the price of decoding the Parquet columns once for each worker.
+    (`streaming_split` would decode them once, but deals out blocks as they come and, when the shares are to be equal, drops rows.)
+
+    Raises:
+        DataError: for bad data, naming column and row in reading order.
     """
     collate = Collator(config)
     tables = shard.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=_PREFETCH)
-    return _ahead(collate(_slice(table, rank, workers), f"global batch {step}") for step, table in enumerate(tables))
+    slices = (_slice(table, rank, workers) for table in tables)
+    return _ahead(_collated(slices, collate, batch_size, lambda row: f"row {row} in reading order"))
+
+
+def _collated(slices: Iterator[tuple[pa.Table, int]], collate: Collator, batch_size: int, locate: Callable[[int], str]) -> Iterator[Batch]:
+    """Batches of slices, each with its first row's position in the global batch; `locate` names a row of the data."""
+    for step, (table, begin) in enumerate(slices):
+        try:
+            yield collate(table, f"global batch {step}")
+        except DataError as error:
+            if error.row is None:
+                raise
+            raise DataError(f"{error} (this is {locate(step * batch_size + begin + error.row)})") from None
 
 
 def data_config() -> Any:
@@ -84,7 +101,7 @@ def data_config() -> Any:
 
 
 def is_sorted(files: Files, column: str) -> bool:
-    """Whether row-group statistics alone prove that the files are in the order of a column."""
+    """Whether the files are in the order of a column: row-group statistics say no at once, only the column itself says yes."""
     last: Any = None
     for path in files.paths:
         with pq.ParquetFile(path) as file:
@@ -99,14 +116,14 @@ def is_sorted(files: Files, column: str) -> bool:
 
 def _group_sorted(file: pq.ParquetFile, group: int, column: str) -> bool:
     values = file.read_row_group(group, columns=[column])[column].combine_chunks()
-    return len(values) < 2 or not pc.any(pc.less(values.slice(1), values.slice(0, len(values) - 1))).as_py()
+    return bool(len(values) < 2 or not pc.any(pc.less(values.slice(1), values.slice(0, len(values) - 1))).as_py())
 
 
-def _global_batches(files: Files, config: DataConfig, batch_size: int, max_rows: int | None) -> Iterator[tuple[pa.Table, str]]:
-    """Tables of batch_size rows, the last one shorter, and where each begins."""
+def _global_batches(files: Files, config: DataConfig, batch_size: int, max_rows: int | None) -> Iterator[pa.Table]:
+    """Tables of batch_size rows, the last one shorter."""
     columns = Collator(config).columns
     pending: list[pa.Table] = []
-    held, left, where, last_time = 0, max_rows, files.paths[0], None
+    held, left, last_time = 0, max_rows, None
     for path in files.paths:
         try:
             with pq.ParquetFile(path) as file:
@@ -117,13 +134,12 @@ def _global_batches(files: Files, config: DataConfig, batch_size: int, max_rows:
                         table = table.slice(0, left)
                         left -= table.num_rows
                     last_time = _check_order(table, config.time, last_time, path, read)
-                    where = f"{path}, rows from {read}"
                     read += piece.num_rows
                     pending.append(table)
                     held += table.num_rows
                     while held >= batch_size:
                         joined = pa.concat_tables(pending)
-                        yield joined.slice(0, batch_size), where
+                        yield joined.slice(0, batch_size)
                         held -= batch_size
                         pending = [joined.slice(batch_size)]
                     if left == 0:
@@ -133,7 +149,7 @@ def _global_batches(files: Files, config: DataConfig, batch_size: int, max_rows:
         if left == 0:
             break
     if held:
-        yield pa.concat_tables(pending), where
+        yield pa.concat_tables(pending)
 
 
 def _check_order(table: pa.Table, column: str | None, last: Any, path: str, first_row: int) -> Any:
@@ -150,10 +166,11 @@ def _check_order(table: pa.Table, column: str | None, last: Any, path: str, firs
     return values[-1].as_py()
 
 
-def _slice(table: pa.Table, rank: int, workers: int) -> pa.Table:
+def _slice(table: pa.Table, rank: int, workers: int) -> tuple[pa.Table, int]:
+    """A worker's share of a global batch, and where in it that begins."""
     rows = table.num_rows
     begin = rank * rows // workers
-    return table.slice(begin, (rank + 1) * rows // workers - begin)
+    return table.slice(begin, (rank + 1) * rows // workers - begin), begin
 
 
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -18,7 +18,34 @@ from fiited_ray.data.files import SYNTHETIC_KEY
 DENSE = 13
 CATEGORICAL = 26  # the last one is multi-hot
 # Distinct values of C1..C26 in the Criteo Kaggle training data (45,840,617 rows), as the DLRM repository lists them.
-CARDINALITIES = (1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572)
+CARDINALITIES = (
+    1460,
+    583,
+    10131227,
+    2202608,
+    305,
+    24,
+    12517,
+    633,
+    3,
+    93145,
+    5683,
+    8351593,
+    3194,
+    27,
+    14992,
+    5461306,
+    10,
+    5652,
+    2173,
+    4,
+    7046547,
+    18,
+    15,
+    286181,
+    105,
+    142572,
+)
 _CRITEO_ROWS = 45_840_617
 _LATENT = 4  # dimensions of the hidden preferences
 _BLOCK = 50_000

@@ -39,7 +39,9 @@ def _find() -> Path:
     for folder in folders:
         for library in sorted(folder.glob("_C*.so")):
             return library
-    raise ImportError(f"the compiled kernels are missing in {' and '.join(map(str, folders))}; build them with `pip install --no-build-isolation -e .`")
+    raise ImportError(
+        f"the compiled kernels are missing in {' and '.join(map(str, folders))}; build them with `pip install --no-build-isolation -e .`"
+    )
 
 
 def _source_folder(direct_url: str) -> str:

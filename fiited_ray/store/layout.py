@@ -121,7 +121,16 @@ class ShardSpec:
             self.sketch_sets,
             self.limit_bytes or 0,
         ]
-        floats = [self.eps, *self.betas, self.init_scale, self.restore_scale, self.decay, self.narrow_lr_power, self.admission, *self.levels]
+        floats = [
+            self.eps,
+            *self.betas,
+            self.init_scale,
+            self.restore_scale,
+            self.decay,
+            self.narrow_lr_power,
+            self.admission,
+            *self.levels,
+        ]
         return ints, floats
 
 

@@ -113,7 +113,15 @@ def _pool_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _pool_fake(
-    values: Tensor, widths: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor | None, features: int, mean: bool, chunk: int, chunks: int
+    values: Tensor,
+    widths: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+    features: int,
+    mean: bool,
+    chunk: int,
+    chunks: int,
 ) -> Tensor:
     return values.new_empty(((offsets.numel() - 1) // features, features, chunk * chunks))
 

@@ -6,7 +6,9 @@ It follows the same rules to the same numbers (widths, importance and admissions
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +46,7 @@ def initial_values(key: int, table: int, first: int, end: int, scale: float) -> 
     return out
 
 
-def importance_bin(importance: float) -> int:
+def importance_bin(importance: float | np.floating[Any]) -> int:
     bits = int(np.array(importance, F32).view(np.uint32))
     return min(max((bits >> 18) - ((127 - 44) << 5), 0), 2047)
 
@@ -117,7 +119,15 @@ class ReferenceShard:
         self._lowered = 0
 
     def lookup(
-        self, keys: Tensor, tables: Tensor, counts: Tensor, *, training: bool, step: int = 0, quota: int = ALL_KEYS, with_values: bool = True
+        self,
+        keys: Tensor,
+        tables: Tensor,
+        counts: Tensor,
+        *,
+        training: bool,
+        step: int = 0,
+        quota: int = ALL_KEYS,
+        with_values: bool = True,
     ) -> Lookup:
         widths, vectors = [], []
         for key, table, count in self._ids(keys, tables, counts):
@@ -132,7 +142,12 @@ class ReferenceShard:
                 vectors.append(row.vector)
         values = np.concatenate(vectors) if vectors else np.empty(0, F32)
         return Lookup(
-            keys, tables, counts, torch.empty(len(widths), dtype=torch.int32), torch.tensor(widths, dtype=torch.uint8), torch.from_numpy(values.copy())
+            keys,
+            tables,
+            counts,
+            torch.empty(len(widths), dtype=torch.int32),
+            torch.tensor(widths, dtype=torch.uint8),
+            torch.from_numpy(values.copy()),
         )
 
     def update(self, found: Lookup, gradients: Tensor, lookup_norms: Tensor | None, lr: float, step: int, quota: int = ALL_KEYS) -> None:
@@ -194,10 +209,10 @@ class ReferenceShard:
     def _ids(keys: Tensor, tables: Tensor, counts: Tensor) -> list[tuple[int, int, int]]:
         return [(key & _MASK, table, count) for key, table, count in zip(keys.tolist(), tables.tolist(), counts.tolist(), strict=True)]
 
-    def _width(self, scaled: np.float32, margin: np.float32 = F32(1)) -> int:
+    def _width(self, scaled: np.float32, margin: float = 1.0) -> int:
         if self.threshold == 0:
             return self.spec.chunks
-        importance = F32(F32(scaled * (F32(1) / self._scale)) / margin)
+        importance = F32(F32(scaled * (F32(1) / self._scale)) / F32(margin))
         return sum(bool(importance > F32(self.threshold * level)) for level in self.spec.levels)
 
     def _ask(self, key: int, table: int, width: int, scaled: np.float32, step: int, quota: int) -> _Row | None:
@@ -221,7 +236,7 @@ class ReferenceShard:
         estimate = self.sketch.add(key, gain)
         if self.threshold == 0:
             return
-        width = self._width(F32(estimate), F32(self.spec.admission))
+        width = self._width(F32(estimate), self.spec.admission)
         if width > 0 and self._ask(key, table, width, estimate, step, quota) is not None:
             self.sketch.forget(key)
 
@@ -272,12 +287,15 @@ class ReferenceShard:
         """Rows ordered by key, as `VhpiShard.export_rows` gives them, with keys (not raw ids) in `raw_ids`."""
         ordered = sorted(self.rows.items())
         signed = [key - 2**64 if key >= 2**63 else key for (key, _), _ in ordered]
-        join = lambda parts: torch.from_numpy(np.concatenate([np.empty(0, F32), *parts]))  # noqa: E731
         return Rows(
             torch.tensor(signed, dtype=torch.int64),
             torch.tensor([table for (_, table), _ in ordered], dtype=torch.int32),
             torch.tensor([row.width for _, row in ordered], dtype=torch.uint8),
             torch.tensor([float(row.importance / self._scale) for _, row in ordered]),
-            join([row.vector for _, row in ordered]),
-            join([row.state for _, row in ordered]),
+            _joined([row.vector for _, row in ordered]),
+            _joined([row.state for _, row in ordered]),
         )
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, F32), *parts]))

@@ -98,7 +98,15 @@ class VhpiShard:
         weakref.finalize(self, self._ops.store_destroy, self._handle)
 
     def lookup(
-        self, keys: Tensor, tables: Tensor, counts: Tensor, *, training: bool, step: int = 0, quota: int = ALL_KEYS, with_values: bool = True
+        self,
+        keys: Tensor,
+        tables: Tensor,
+        counts: Tensor,
+        *,
+        training: bool,
+        step: int = 0,
+        quota: int = ALL_KEYS,
+        with_values: bool = True,
     ) -> Lookup:
         """Read the rows of U distinct keys; absent ones read as width 0.
 

@@ -139,7 +139,9 @@ def _verify(folder: Path, name: str, facts: Any) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
     if not isinstance(facts, dict) or path.stat().st_size != facts.get("bytes"):
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, but the manifest says {facts.get('bytes') if isinstance(facts, dict) else facts}")
+        raise CheckpointError(
+            f"{path}: {path.stat().st_size} bytes, but the manifest says {facts.get('bytes') if isinstance(facts, dict) else facts}"
+        )
     if _sha256(path) != facts.get("sha256"):
         raise CheckpointError(f"{path}: its checksum differs from the manifest's; the file is damaged")
 

@@ -102,7 +102,9 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None) -> dict
             clock = time.perf_counter()
         if worker.step == config.train.max_steps:
             break
-    results = {f"progressive/{name}": value for name, value in _shared(worker, worker.progressive).items()} if config.train.progressive else {}
+    results = (
+        {f"progressive/{name}": value for name, value in _shared(worker, worker.progressive).items()} if config.train.progressive else {}
+    )
     if test:
         results |= {f"eval/{name}": value for name, value in evaluate(worker, test()).items()}
     if worker.history.reported < len(worker.losses):
@@ -149,9 +151,7 @@ def hold_round(worker: Worker) -> None:
     """Report to the coordinator and resize by its decision; without one on every worker, the round is skipped."""
     shard = worker.shard
     stats = shard.stats()
-    report_ = ShardReport(
-        shard.histogram().numpy(), stats.fixed, stats.admitted_bytes, stats.refused, worker.config.policy.max_shard_bytes
-    )
+    report_ = ShardReport(shard.histogram().numpy(), stats.fixed, stats.admitted_bytes, stats.refused, worker.config.policy.max_shard_bytes)
     _, row_bytes = worker.spec.plan()
     state = RoundState(
         worker.budget_bytes,
@@ -175,9 +175,15 @@ def hold_round(worker: Worker) -> None:
     shard.reset_round_counters()
     names = ("policy/admitted", "policy/refused", "policy/resized", "policy/evicted")
     values: dict[str, float] = dict(zip(names, map(float, moved), strict=True))
-    values |= {"policy/threshold": decision.threshold, "policy/round_bytes_changed": 0.0 if decision.skipped else float(decision.changed_bytes)}
+    values |= {
+        "policy/threshold": decision.threshold,
+        "policy/round_bytes_changed": 0.0 if decision.skipped else float(decision.changed_bytes),
+    }
     _log(worker, values)
-    worker.history.importance = (decision.threshold, report_.histogram[0] if worker.exchange.workers == 1 else _summed(worker, report_.histogram[0]))
+    worker.history.importance = (
+        decision.threshold,
+        report_.histogram[0] if worker.exchange.workers == 1 else _summed(worker, report_.histogram[0]),
+    )
 
 
 def _resize(worker: Worker, decision: Decision) -> None:

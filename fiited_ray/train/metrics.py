@@ -38,10 +38,14 @@ class BinaryMetrics:
         """
         logits, labels = logits.detach().float(), labels.float()
         if bool(torch.isnan(logits).any()):
-            raise ValueError(f"the model's logit for row {int(torch.isnan(logits).nonzero()[0])} of the batch is NaN; lower the learning rates")
+            raise ValueError(
+                f"the model's logit for row {int(torch.isnan(logits).nonzero()[0])} of the batch is NaN; lower the learning rates"
+            )
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         predictions = torch.sigmoid(logits)
-        self._sums += torch.stack([torch.tensor(float(len(labels))), labels.sum(), losses.double().sum(), predictions.double().sum()]).double()
+        self._sums += torch.stack(
+            [torch.tensor(float(len(labels))), labels.sum(), losses.double().sum(), predictions.double().sum()]
+        ).double()
         bins = ((logits.clamp(-_RANGE, _RANGE) + _RANGE) * ((_BINS - 1) / (2 * _RANGE))).long() + labels.long() * _BINS
         self._histogram += torch.bincount(bins, minlength=2 * _BINS)
 

@@ -37,7 +37,9 @@ class StoreTotals:
         summed = exchange.all_reduce(numbers).tolist()
         parts, (peak, distinct, lookups, hits), rows = summed[:6], summed[6:10], summed[10:]
         by_width = np.asarray(rows, np.int64).reshape(shard.spec.tables, shard.spec.chunks)
-        return StoreTotals(dict(zip(_PARTS, parts, strict=True)), peak, distinct, lookups, hits, by_width, shard.spec.dense_row_bytes, shard.spec.chunk)
+        return StoreTotals(
+            dict(zip(_PARTS, parts, strict=True)), peak, distinct, lookups, hits, by_width, shard.spec.dense_row_bytes, shard.spec.chunk
+        )
 
     def metrics(self, config: Config, budget_bytes: int | None, before: StoreTotals | None) -> dict[str, float]:
         dense_equivalent = self.distinct * self.dense_row_bytes
@@ -50,7 +52,9 @@ class StoreTotals:
             "bytes/peak": float(self.peak_bytes),
             "bytes/dense_equivalent": float(dense_equivalent),
             "bytes/ratio": self.bytes["total"] / max(1, dense_equivalent),
-            "parameters/kept_share": min(1.0, parameters / max(1, self.distinct * config.embedding.dim)),  # the distinct count is an estimate
+            "parameters/kept_share": min(
+                1.0, parameters / max(1, self.distinct * config.embedding.dim)
+            ),  # the distinct count is an estimate
             "rows/total": float(widths.sum()),
             "lookup/hit_rate": hits / lookups if lookups else float("nan"),
         }

@@ -103,9 +103,11 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         else:  # workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores
             cpus = max(os.cpu_count() or 1, workers + 2)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    run_ref = tracking.create_run(config, {"synthetic_data": str(plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic))})
+    run_ref = tracking.create_run(
+        config, {"synthetic_data": str(plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic))}
+    )
     coordinator = start_coordinator(config.policy, workers)
-    datasets = {"train": ray_dataset(plan.files, config.data, config.data.max_rows)}
+    datasets: dict[str, Any] = {"train": ray_dataset(plan.files, config.data, config.data.max_rows)}
     if plan.test_files:
         datasets["test"] = ray_dataset(plan.test_files, config.data)
     trainer = ray.train.torch.TorchTrainer(

@@ -164,6 +164,17 @@ def test_ray_sorts_an_unsorted_file_by_time(ray_local: None, tmp_path: Path) -> 
     assert all_rows(ray_batches(whole_iterator(files, TIMED), TIMED, 16, 0, 1)) == list(range(ROWS))
 
 
+def test_rows_of_one_time_keep_their_order_every_time_ray_sorts(ray_local: None, tmp_path: Path) -> None:
+    times = np.random.default_rng(0).integers(0, 3, ROWS)
+    rows = table(0, ROWS).set_column(5, "t", pa.array(times))
+    for at in range(4):  # workers sort on their own, and must agree
+        pq.write_table(rows.slice(at * 30, 30), tmp_path / f"{at}.parquet", row_group_size=16)
+    files = check_files((str(tmp_path),), TIMED)
+    expected = np.argsort(times, kind="stable").tolist()
+    for _ in range(2):
+        assert all_rows(ray_batches(whole_iterator(files, TIMED), TIMED, 16, 0, 1)) == expected
+
+
 def test_a_null_time_is_refused_by_file_and_row(tmp_path: Path) -> None:
     times = [None if row == 21 else row for row in range(40)]
     pq.write_table(table(0, 40).set_column(5, "t", pa.array(times, pa.int64())), tmp_path / "a.parquet")
@@ -179,21 +190,32 @@ def test_a_struct_column_before_the_time_does_not_confuse_its_order(tmp_path: Pa
     assert is_sorted(check_files((str(tmp_path / "a.parquet"),), TIMED), "t")
 
 
-def test_bad_data_met_in_the_reading_thread_comes_out_with_file_and_position(tmp_path: Path) -> None:
+def write_bad_label(folder: Path) -> Files:
+    """40 rows in two files; the label of row 30, row 20 of the second file, is 5."""
     rows = table(0, 40).set_column(0, "label", pa.array([0] * 30 + [5] + [0] * 9))
-    pq.write_table(rows, tmp_path / "a.parquet")
-    files = check_files((str(tmp_path / "a.parquet"),), CONFIG)
-    batches = parquet_batches(files, CONFIG, 16)
+    pq.write_table(rows.slice(0, 10), folder / "a.parquet")
+    pq.write_table(rows.slice(10), folder / "b.parquet", row_group_size=8)
+    return check_files((str(folder),), CONFIG)
+
+
+def test_bad_data_met_in_the_reading_thread_comes_out_with_file_and_row(tmp_path: Path) -> None:
+    batches = parquet_batches(write_bad_label(tmp_path), CONFIG, 16)
     next(batches)
-    with pytest.raises(DataError, match=r"a\.parquet, rows from .*: label column 'label', row \d+: 5\.0; labels are 0 or 1"):
+    with pytest.raises(DataError, match=r"label column 'label', row 14: 5\.0; labels are 0 or 1 \(this is row 20 of .*b\.parquet\)"):
         list(batches)
 
 
+def test_the_row_of_bad_data_is_the_files_whichever_worker_meets_it(tmp_path: Path) -> None:
+    files = write_bad_label(tmp_path)
+    assert len(list(parquet_batches(files, CONFIG, 16, rank=0, workers=2))) == 3
+    with pytest.raises(DataError, match=r"row 6: 5\.0; .* \(this is row 20 of .*b\.parquet\)"):
+        list(parquet_batches(files, CONFIG, 16, rank=1, workers=2))
+
+
 def test_bad_data_met_behind_ray_comes_out(ray_local: None, tmp_path: Path) -> None:
-    pq.write_table(table(0, 40).set_column(0, "label", pa.array([0] * 30 + [5] + [0] * 9)), tmp_path / "a.parquet")
-    files = check_files((str(tmp_path / "a.parquet"),), CONFIG)
-    with pytest.raises(DataError, match=r"global batch 1: label column 'label', row 14: 5\.0"):
-        list(ray_batches(whole_iterator(files, CONFIG), CONFIG, 16, 0, 1))
+    files = write_bad_label(tmp_path)
+    with pytest.raises(DataError, match=r"global batch 1: label column 'label', row 6: 5\.0; .* \(this is row 30 in reading order\)"):
+        list(ray_batches(whole_iterator(files, CONFIG), CONFIG, 16, 1, 2))
 
 
 def test_a_file_damaged_after_the_check_is_refused_by_name(tmp_path: Path) -> None:

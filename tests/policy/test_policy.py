@@ -174,5 +174,3 @@ def test_rounds_are_close_at_first_and_then_an_interval_apart() -> None:
 def test_rows_that_find_no_room_bring_rounds_forward() -> None:
     policy = PolicyConfig(first_round=40, interval=100)
     assert rounds(policy, 60, range(10, 20)) == [10, 12, 14, 16, 18, 58]
-
-

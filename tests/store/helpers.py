@@ -17,7 +17,9 @@ from fiited_ray.store.shard import Lookup
 def make_spec(budget: int | None = None, **changes: Any) -> ShardSpec:
     """D = 12 in 3 chunks of 4, two tables, unless changed."""
     config = Config(
-        data=DataConfig(categorical=("a", "b")), embedding=EmbeddingConfig(dim=12, chunk=4, init_scale=0.1, restore_scale=0.05), policy=PolicyConfig(decay=0.9, admission=1.0)
+        data=DataConfig(categorical=("a", "b")),
+        embedding=EmbeddingConfig(dim=12, chunk=4, init_scale=0.1, restore_scale=0.05),
+        policy=PolicyConfig(decay=0.9, admission=1.0),
     )
     return dataclasses.replace(ShardSpec.of(config, budget), **changes)
 
@@ -37,7 +39,15 @@ def read(shard: VhpiShard | ReferenceShard, raw_ids: list[int], table: int = 0) 
     return shard.lookup(keys, tables, torch.ones(len(raw_ids), dtype=torch.int32), training=False)
 
 
-def learn(shard: VhpiShard | ReferenceShard, raw_ids: list[int], gradient: Tensor, step: int, table: int = 0, counts: list[int] | None = None, lr: float = 0.1) -> Lookup:
+def learn(
+    shard: VhpiShard | ReferenceShard,
+    raw_ids: list[int],
+    gradient: Tensor,
+    step: int,
+    table: int = 0,
+    counts: list[int] | None = None,
+    lr: float = 0.1,
+) -> Lookup:
     """One training step on distinct ids with a full-width gradient [U, D] each, folded as on the wire."""
     keys, tables = keys_of(raw_ids, [table] * len(raw_ids), shard.spec.seed)
     found = shard.lookup(keys, tables, torch.tensor(counts or [1] * len(raw_ids), dtype=torch.int32), training=True, step=step)

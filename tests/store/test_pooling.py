@@ -108,7 +108,11 @@ def test_folding_keeps_the_norm_on_average() -> None:
 
 @pytest.mark.parametrize(
     ("offsets", "message"),
-    [([0, 3, 2, 4, 5, 8, 8], "offsets fall at feature 0, position 1"), ([1, 3, 3, 4, 5, 8, 8], "begin at 0"), ([0, 3, 3, 4, 5, 8, 7], "end at the number")],
+    [
+        ([0, 3, 2, 4, 5, 8, 8], "offsets fall at feature 0, position 1"),
+        ([1, 3, 3, 4, 5, 8, 8], "begin at 0"),
+        ([0, 3, 3, 4, 5, 8, 7], "end at the number"),
+    ],
 )
 def test_offsets_that_cannot_be_are_refused(offsets: list[int], message: str) -> None:
     values, widths, bags = example(torch.float32, weighted=False, mean=False)

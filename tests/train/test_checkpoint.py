@@ -87,5 +87,5 @@ def test_a_file_name_that_leaves_the_folder_is_refused(saved: tuple[Path, Worker
 
 def test_rows_that_are_there_already_are_refused(saved: tuple[Path, Worker]) -> None:
     folder, worker = saved
-    with pytest.raises(checkpoint.CheckpointError, match="rows-00000.safetensors: .*already in the store"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"rows-00000\.safetensors: .*already in the store"):
         checkpoint.restore(checkpoint.open_model(folder), worker.shard)
