@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             form = FORMATS[given.kind]()
             print(convert(given.input, given.output, form, split=given.split, max_rejected=given.max_rejected, max_rows=given.max_rows))
-    except DataError as error:
+    except (DataError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

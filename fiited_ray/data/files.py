@@ -85,8 +85,9 @@ def column_statistics(metadata: pq.FileMetaData, column: str) -> list[pq.Statist
 
 def _expand(pattern: str, role: str) -> list[str]:
     path = Path(pattern)
-    if path.is_dir():
-        found = sorted(str(each) for each in path.glob("**/*.parquet"))
+    if path.is_dir():  # names that begin with a dot are files being written
+        inside = (each for each in path.glob("**/*.parquet") if each.is_file() and not str(each.relative_to(path)).startswith("."))
+        found = sorted(map(str, inside))
     elif any(mark in pattern for mark in "*?["):
         found = sorted(glob.glob(pattern, recursive=True))
     else:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from fiited_ray.data.batch import DataError
 from fiited_ray.data.files import SYNTHETIC_KEY
+from fiited_ray.data.writer import SplitWriter
 
 DENSE = 13
 CATEGORICAL = 26  # the last one is multi-hot
@@ -62,28 +63,35 @@ class SyntheticSpec:
     drift: float = 0.5  # share of each column's popularity order that is renewed from first to last row
     click_rate: float = 0.25
 
+    def __post_init__(self) -> None:
+        for name, fits, wanted in (
+            ("rows", self.rows > 0, "above 0"),
+            ("seed", self.seed >= 0, "at least 0"),
+            ("test_share", 0 <= self.test_share < 1, "at least 0 and below 1"),
+            ("skew", self.skew >= 0, "at least 0"),
+            ("drift", 0 <= self.drift <= 1, "from 0 to 1"),
+            ("click_rate", 0 < self.click_rate < 1, "between 0 and 1"),
+        ):
+            if not fits:
+                raise DataError(f"synthetic data: {name} must be {wanted}, not {getattr(self, name)}")
+
     def cardinality(self, column: int) -> int:
         """Published distinct values, scaled with the rows; small columns keep theirs."""
         return max(min(CARDINALITIES[column], 100), int(CARDINALITIES[column] * min(1.0, self.rows / _CRITEO_ROWS * 2)))
 
 
 def write_synthetic(folder: Path, spec: SyntheticSpec) -> tuple[Path, Path]:
-    """Write train.parquet and test.parquet in time order; memory stays that of one block. Returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    train, test = folder / "train.parquet", folder / "test.parquet"
+    """Write train.parquet and test.parquet in time order, or nothing at all; memory stays that of one block. Returns their paths.
+
+    Raises:
+        DataError: when the folder cannot be written, or already holds one of them.
+    """
     train_rows = int(spec.rows * (1 - spec.test_share))
-    writer_of = {path: pq.ParquetWriter(path, _schema()) for path in (train, test)}
-    try:
-        for begin, table in _blocks(spec):
-            cut = min(max(train_rows - begin, 0), table.num_rows)
-            if cut:
-                writer_of[train].write_table(table.slice(0, cut))
-            if cut < table.num_rows:
-                writer_of[test].write_table(table.slice(cut))
-    finally:
-        for writer in writer_of.values():
-            writer.close()
-    return train, test
+    with SplitWriter(folder, part_rows=max(train_rows, spec.rows - train_rows)) as writer:
+        for table in _blocks(spec):
+            writer.write(table)
+        writer.publish(train_rows)
+    return folder / "train.parquet", folder / "test.parquet"
 
 
 def _schema() -> pa.Schema:
@@ -94,7 +102,7 @@ def _schema() -> pa.Schema:
     return pa.schema(fields, metadata={SYNTHETIC_KEY: b"made by jobs/prepare.py synthetic"})
 
 
-def _blocks(spec: SyntheticSpec) -> Iterator[tuple[int, pa.Table]]:
+def _blocks(spec: SyntheticSpec) -> Iterator[pa.Table]:
     random = np.random.default_rng(spec.seed)
     loadings = random.normal(size=(CATEGORICAL, _LATENT)) / np.sqrt(_LATENT)
     dense_loadings = random.normal(size=(DENSE, _LATENT)) / np.sqrt(_LATENT)
@@ -128,7 +136,7 @@ def _blocks(spec: SyntheticSpec) -> Iterator[tuple[int, pa.Table]]:
         logit = np.log(spec.click_rate / (1 - spec.click_rate)) + 1.1 * (score - score.mean())
         label = block.random(rows) < 1 / (1 + np.exp(-logit))
         arrays = {"label": pa.array(label.astype(np.int8)), "time": pa.array(begin + np.arange(rows, dtype=np.int64))} | columns
-        yield begin, pa.Table.from_pydict({name: arrays[name] for name in _schema().names}, schema=_schema())
+        yield pa.Table.from_pydict({name: arrays[name] for name in _schema().names}, schema=_schema())
 
 
 def _draw_ids(random: np.random.Generator, spec: SyntheticSpec, column: int, count: int, progress: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -29,6 +30,7 @@ class SplitWriter:
     def __init__(self, folder: Path, part_rows: int = 4_000_000) -> None:
         self.rows = 0
         self._folder, self._part_rows = folder, part_rows
+        self._folder_is_new = not folder.exists()
         self._scratch = folder / f".unfinished-{os.getpid()}"
         self._parts: list[tuple[Path, int]] = []  # path, rows
         self._writer: pq.ParquetWriter | None = None
@@ -47,6 +49,9 @@ class SplitWriter:
         if self._writer is not None:
             self._writer.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
+        if error is not None and self._folder_is_new:
+            with contextlib.suppress(OSError):  # somebody else's files may have come into it
+                self._folder.rmdir()
 
     def write(self, table: pa.Table) -> None:
         """Append rows; each call is a row group or more."""

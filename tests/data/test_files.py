@@ -44,6 +44,14 @@ def test_a_folder_stands_for_its_parquet_files_in_sorted_order(tmp_path: Path) -
     assert check_files((str(tmp_path / "day"),), CONFIG).paths == tuple(sorted(names))
 
 
+def test_a_folder_may_hold_folders_of_parts_named_like_files_and_unfinished_ones(tmp_path: Path) -> None:
+    for folder in ("b.parquet", ".unfinished-1"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "part-00000.parquet")
+    first = write(tmp_path / "a.parquet")
+    assert check_files((str(tmp_path),), CONFIG).paths == (first, str(tmp_path / "b.parquet" / "part-00000.parquet"))
+
+
 def test_a_glob_pattern_stands_for_what_it_matches_in_sorted_order(tmp_path: Path) -> None:
     names = [write(tmp_path / name) for name in ("b1.parquet", "a1.parquet", "a2.parquet")]
     assert check_files((str(tmp_path / "?1.parquet"),), CONFIG).paths == (names[1], names[0])

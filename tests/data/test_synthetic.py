@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fiited_ray.config import load
-from fiited_ray.data import check_files
+from fiited_ray.data import DataError, check_files
 from fiited_ray.data.files import SYNTHETIC_KEY
 from fiited_ray.data.synthetic import CARDINALITIES, CATEGORICAL, DENSE, SyntheticSpec, write_synthetic
 
@@ -115,3 +115,25 @@ def test_some_dense_values_are_missing_and_lists_are_never_empty(rows: pa.Table)
     assert rows["d0"].null_count == 0
     assert 0 < rows["d3"].null_count < rows.num_rows // 10
     assert min(map(len, rows["c25"].to_pylist())) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"rows": 0}, {"seed": -1}, {"test_share": 1.0}, {"skew": -0.1}, {"drift": 1.5}, {"click_rate": 0.0}],
+    ids=lambda each: next(iter(each)),
+)
+def test_a_log_that_cannot_be_made_is_refused_by_name(wrong: dict[str, float]) -> None:
+    with pytest.raises(DataError, match=f"{next(iter(wrong))} must be"):
+        replace(SPEC, **wrong)
+
+
+def test_a_log_that_is_already_there_is_not_written_over(tmp_path: Path) -> None:
+    train, _ = write_synthetic(tmp_path, SyntheticSpec(rows=500))
+    with pytest.raises(DataError, match=r"train\.parquet: already there"):
+        write_synthetic(tmp_path, SyntheticSpec(rows=900))
+    assert pq.read_metadata(train).num_rows == 450
+
+
+def test_nothing_else_is_left_in_the_folder(tmp_path: Path) -> None:
+    write_synthetic(tmp_path, SyntheticSpec(rows=500))
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["test.parquet", "train.parquet"]
