@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import re
+import sqlite3
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -54,18 +55,20 @@ def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
         ConfigError: when the tracking store cannot be reached.
     """
     uri = absolute_uri(config.tracking.uri)
+    _check_database(uri)
     try:
         client = MlflowClient(uri)
         experiment = _experiment(client, uri, config.tracking.experiment)
         run = client.create_run(experiment, run_name=config.name, tags={"fiited_ray.version": _version(), **tags})
-    except MlflowException as error:
-        raise ConfigError(f"tracking.uri {redact(uri)}: {error}") from error
+    except (MlflowException, ImportError) as error:  # from None: the cause spells out the address, password and all
+        raise ConfigError(f"tracking.uri {redact(uri)}: {str(error).replace(uri.rstrip('/'), redact(uri.rstrip('/')))}") from None
     ref = RunRef(uri, experiment, run.info.run_id)
     flat = config.flat() | {"tracking.uri": redact(uri)}
     params = [Param(_metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
     for begin in range(0, len(params), _PARAMS_AT_ONCE):
         client.log_batch(ref.run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
-    client.log_text(ref.run_id, config.to_yaml().replace(config.tracking.uri, redact(config.tracking.uri)), "config.yaml")
+    shown = replace(config, tracking=replace(config.tracking, uri=redact(config.tracking.uri)))
+    client.log_text(ref.run_id, shown.to_yaml(), "config.yaml")
     return ref
 
 
@@ -101,6 +104,22 @@ def absolute_uri(uri: str) -> str:
         path = Path(uri[len(_SQLITE) :])
         return f"{_SQLITE}{path if path.is_absolute() else Path.cwd() / path}"
     return uri
+
+
+def _check_database(uri: str) -> None:
+    """Open an SQLite file once: MLflow itself tries for minutes where that cannot work."""
+    if not uri.startswith(_SQLITE):
+        return
+    path = Path(uri[len(_SQLITE) :])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path)
+        try:
+            connection.execute("PRAGMA schema_version")
+        finally:
+            connection.close()
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"tracking.uri {uri}: {error}; name a file that can be written") from error
 
 
 def redact(uri: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -72,9 +74,29 @@ def test_credentials_are_never_shown() -> None:
     assert "secret" not in tracking.RunRef("https://user:secret@host", "1", "2").page
 
 
-def test_a_store_that_cannot_be_used_is_a_config_error(config: Config) -> None:
-    import dataclasses
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_ends_as_it_is_told(config: Config, status: str) -> None:
+    ref = tracking.create_run(config, {})
+    tracking.finish(ref, status)
+    assert mlflow.MlflowClient(ref.uri).get_run(ref.run_id).info.status == status
 
-    broken = dataclasses.replace(config, tracking=TrackingConfig(uri="nonsense://somewhere"))
-    with pytest.raises(ConfigError, match=r"tracking\.uri nonsense"):
-        tracking.create_run(broken, {})
+
+def test_credentials_are_not_in_the_message_of_a_server_that_is_away(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = replace(config, tracking=TrackingConfig(uri="http://user:secret@127.0.0.1:9/"))
+    with pytest.raises(ConfigError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9/") as raised:
+        tracking.create_run(away, {})
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("uri", ["nonsense://somewhere", "sqlite:////proc/nowhere/x.db", "sqlite:////dev/null/x.db"])
+def test_a_store_that_cannot_be_used_is_a_config_error(config: Config, uri: str) -> None:
+    with pytest.raises(ConfigError, match=f"tracking.uri {uri}"):
+        tracking.create_run(replace(config, tracking=TrackingConfig(uri=uri)), {})
+
+
+def test_a_file_that_is_no_database_is_a_config_error(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("these are notes, not a database\n" * 100)
+    with pytest.raises(ConfigError, match=r"notes\.txt: file is not a database"):
+        tracking.create_run(replace(config, tracking=TrackingConfig(uri=f"sqlite:///{path}")), {})
