@@ -39,6 +39,7 @@ class SavedModel:
     config: Config
     step: int
     dense_columns: int
+    files: tuple[str, ...]  # that the manifest names, verified
 
 
 def save_rows(folder: Path, rank: int, shard: VhpiShard) -> str:
@@ -92,11 +93,12 @@ def open_model(folder: Path) -> SavedModel:
     for name, facts in files.items():
         _verify(folder, name, facts)
     config = load(folder / "config.yaml")
-    return SavedModel(folder, config, step, len(config.data.dense))
+    return SavedModel(folder, config, step, len(config.data.dense), tuple(sorted(files)))
 
 
 def row_files(model: SavedModel) -> list[Path]:
-    return sorted(model.folder.glob("rows-*.safetensors"))
+    """The files of rows that belong to the model; others in the folder, left by an earlier one, do not."""
+    return [model.folder / name for name in model.files if name.startswith("rows-")]
 
 
 def load_rows(path: Path) -> Rows:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from fiited_ray.config import Config, DataConfig, TrainConfig
@@ -83,6 +84,37 @@ def test_a_file_name_that_leaves_the_folder_is_refused(saved: tuple[Path, Worker
     manifest_with(folder, files=files | {"../elsewhere": {"bytes": 1, "sha256": ""}})
     with pytest.raises(checkpoint.CheckpointError, match="leaves the folder"):
         checkpoint.open_model(folder)
+
+
+def test_rows_that_the_manifest_does_not_name_stay_out(saved: tuple[Path, Worker]) -> None:
+    folder, _ = saved
+    (folder / "rows-00001.safetensors").write_bytes((folder / "rows-00000.safetensors").read_bytes())
+    model, again = checkpoint.open_model(folder), make_worker()
+    checkpoint.restore(model, again.shard)
+    assert again.shard.stats().rows == 20
+
+
+@pytest.mark.parametrize("name", ["widths", "values", "raw_ids", "state"])
+def test_rows_whose_parts_do_not_match_are_refused(saved: tuple[Path, Worker], name: str) -> None:
+    folder, worker = saved
+    path = folder / "rows-00000.safetensors"
+    tensors = worker.shard.export_rows().tensors()
+    safetensors.torch.save_file(tensors | {name: tensors[name][:-1].clone()}, path)
+    manifest_with(folder, files=checkpoint.describe(folder, ["config.yaml", "dense.safetensors", path.name]))
+    with pytest.raises(checkpoint.CheckpointError, match=r"rows-00000\.safetensors: "):
+        checkpoint.restore(checkpoint.open_model(folder), make_worker().shard)
+
+
+def test_a_file_without_rows_is_refused(saved: tuple[Path, Worker]) -> None:
+    folder, _ = saved
+    with pytest.raises(checkpoint.CheckpointError, match=r"dense\.safetensors: not a file of rows"):
+        checkpoint.load_rows(folder / "dense.safetensors")
+
+
+def test_dense_parameters_of_another_model_are_refused(saved: tuple[Path, Worker]) -> None:
+    folder, _ = saved
+    with pytest.raises(checkpoint.CheckpointError, match=r"dense\.safetensors: does not fit"):
+        checkpoint.load_dense(checkpoint.open_model(folder), torch.nn.Linear(2, 3))
 
 
 def test_rows_that_are_there_already_are_refused(saved: tuple[Path, Worker]) -> None:
