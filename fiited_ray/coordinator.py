@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from fiited_ray.config import PolicyConfig
 from fiited_ray.policy import Decision, RoundState, ShardReport, decide
@@ -35,10 +34,23 @@ class LocalDecider:
 
 
 class _Round:
+    """One round's reports until it is closed: with a decision, with an error, or with neither once the wait is over."""
+
     def __init__(self) -> None:
         self.reports: dict[int, ShardReport] = {}
-        self.done = asyncio.Event()
+        self.state: RoundState | None = None
+        self.closed = asyncio.Event()
         self.decision: Decision | None = None
+        self.error: Exception | None = None
+
+    def close(self) -> None:
+        self.reports.clear()
+        self.closed.set()
+
+    def outcome(self) -> Decision | None:
+        if self.error is not None:
+            raise self.error
+        return self.decision
 
 
 class Coordinator:
@@ -51,33 +63,61 @@ class Coordinator:
         self._policy = policy
         self._workers = workers
         self._wait = wait_seconds
-        self._rounds: OrderedDict[int, _Round] = OrderedDict()
+        self._rounds: dict[int, _Round] = {}
         self._telemetry: list[dict[str, float]] = []
         self._progress = ""
 
     async def decide(self, number: int, rank: int, report: ShardReport, state: RoundState) -> Decision | None:
-        """Report for shard `rank` of round `number`; returns when the round is decided, or None after the wait.
+        """Report for shard `rank` of round `number`; returns when the round is decided, or None once its wait is over.
+
+        All shards of a round get the same answer, those too late for it included; None when it is no longer remembered.
 
         Raises:
-            ValueError: for a rank that cannot be.
+            ValueError: on every shard of the round, for a rank that cannot be, a rank that says two things, or shards that differ in
+                what should be the same for all.
+            ConfigError: on every shard of the round, for a budget or ceiling that does not hold the least.
         """
+        current = self._round(number)
+        if current is None:
+            return None
+        if not current.closed.is_set():
+            try:
+                self._take(current, number, rank, report, state)
+            except ValueError as error:  # a ConfigError is one, too
+                current.error = error
+                current.close()
+        try:
+            await asyncio.wait_for(current.closed.wait(), self._wait)
+        except TimeoutError:
+            current.close()
+        return current.outcome()
+
+    def _round(self, number: int) -> _Round | None:
+        """The round, made when its first report comes; None when it is older than all that are remembered."""
+        if number not in self._rounds:
+            if len(self._rounds) == _REMEMBERED and number < min(self._rounds):
+                return None
+            self._rounds[number] = _Round()
+        while len(self._rounds) > _REMEMBERED:
+            self._rounds.pop(min(self._rounds)).close()
+        return self._rounds[number]
+
+    def _take(self, current: _Round, number: int, rank: int, report: ShardReport, state: RoundState) -> None:
         if not 0 <= rank < self._workers:
             raise ValueError(f"round {number}: rank {rank} reported, but there are {self._workers} workers")
-        current = self._rounds.setdefault(number, _Round())
-        while len(self._rounds) > _REMEMBERED:
-            self._rounds.popitem(last=False)
+        if current.state is not None and current.state != state:
+            raise ValueError(f"round {number}: rank {rank} has {state}, but ranks {sorted(current.reports)} have {current.state}")
+        if rank in current.reports and not current.reports[rank].same_as(report):
+            raise ValueError(f"round {number}: rank {rank} reported twice, and not the same; each worker needs a rank of its own")
+        current.state = state
         current.reports[rank] = report
-        if len(current.reports) == self._workers and not current.done.is_set():
-            start = time.perf_counter()
-            current.decision = decide([current.reports[each] for each in range(self._workers)], state, self._policy)
-            self._note(number, current.decision, time.perf_counter() - start)
-            current.reports.clear()
-            current.done.set()
-        try:
-            await asyncio.wait_for(current.done.wait(), self._wait)
-        except TimeoutError:
-            return None
-        return current.decision
+        if len(current.reports) < self._workers:
+            return
+        start = time.perf_counter()
+        reports = [current.reports[each] for each in range(self._workers)]
+        current.decision = decide(reports, state, self._policy)
+        self._note(number, current.decision, sum(int(each.histogram[0].sum()) for each in reports), time.perf_counter() - start)
+        current.close()
 
     async def tell(self, progress: str) -> None:
         """Note a line for the person who watches the run."""
@@ -87,10 +127,10 @@ class Coordinator:
         return self._progress
 
     async def telemetry(self) -> list[dict[str, float]]:
-        """The last decisions: round, threshold, planned and changed bytes, skipped, seconds."""
+        """The last 1000 decisions: round, threshold, planned and changed bytes, skipped, rows, seconds."""
         return self._telemetry
 
-    def _note(self, number: int, decision: Decision, seconds: float) -> None:
+    def _note(self, number: int, decision: Decision, rows: int, seconds: float) -> None:
         self._telemetry.append(
             {
                 "round": number,
@@ -98,6 +138,7 @@ class Coordinator:
                 "planned_bytes": decision.planned_bytes,
                 "changed_bytes": decision.changed_bytes,
                 "skipped": float(decision.skipped),
+                "rows": rows,
                 "seconds": seconds,
             }
         )
@@ -119,10 +160,15 @@ class RemoteDecider:
         self.wait_seconds = wait_seconds
 
     def decide(self, number: int, report: ShardReport, state: RoundState) -> Decision | None:
+        """The decision of round `number`, or None.
+
+        Raises:
+            ValueError: what the coordinator refuses; an error in the reports is not a round without decision.
+        """
         try:
             answer: Decision | None = ray.get(self.actor.decide.remote(number, self.rank, report, state), timeout=self.wait_seconds * 1.5)
         except RayTaskError:
             raise
-        except (RayActorError, GetTimeoutError):
+        except RayError:  # the actor is dead, restarting or out of reach, or the answer takes too long
             return None
         return answer

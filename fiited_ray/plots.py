@@ -13,6 +13,7 @@ from fiited_ray.policy.histogram import BINS, bin_edges
 MIB = 2**20
 # Okabe and Ito's palette, told apart with any colour vision
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999"
+_GROUP = 8  # bins drawn as one, a quarter of an octave
 _PARTS = {"payload": BLUE, "optimizer": SKY, "index": ORANGE, "sketch": GREEN, "slack": GREY}
 
 Series = Mapping[str, Sequence[float]]
@@ -42,9 +43,17 @@ def quality_over_time(steps: Sequence[int], values: Series, final: Mapping[str, 
     for name, colour, on in (("eval/auc", BLUE, axes), ("eval/ne", ORANGE, right)):
         if name in final:
             on.axhline(final[name], color=colour, linestyle="--", linewidth=1)
-            on.annotate(f"test {final[name]:.4f}", (steps[0], final[name]), color=colour, fontsize=9, va="bottom")
+            on.annotate(
+                f"test {final[name]:.4f}",
+                (1, final[name]),
+                xycoords=on.get_yaxis_transform(),
+                color=colour,
+                fontsize=9,
+                va="bottom",
+                ha="right",
+            )
     lines = [*axes.get_lines()[:1], *right.get_lines()[:1]]
-    axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower center", frameon=False)
+    axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return figure
 
 
@@ -68,23 +77,30 @@ def widths_by_table(tables: Sequence[str], rows: np.ndarray, title: str) -> Figu
 def importance_histogram(rows: np.ndarray, threshold: float, levels: Sequence[float], title: str) -> Figure:
     """Rows by importance, and where the widths are cut. rows: int64 [2048], before the round."""
     figure, axes = _figure(
-        f"Importance of resident rows at the last round{title}", "importance (decayed sum of frequency x gradient norm)", "rows per bin"
+        f"Importance of resident rows at the last round{title}", "importance (decayed sum of frequency x gradient norm)", "rows per octave"
     )
-    edges = bin_edges()
-    grouped = rows.reshape(-1, 8).sum(1)
-    edges_shown = edges[np.arange(0, BINS, 8)]
+    edges = bin_edges()[1:].reshape(-1, _GROUP)[:, 0]
+    grouped = rows.reshape(-1, _GROUP).sum(1)[1:] / np.diff(np.log2(edges))  # bins are even within an octave, not on a log axis
     used = np.flatnonzero(grouped)
     if len(used):
-        shown = slice(max(1, used[0] - 1), used[-1] + 2)
-        axes.step(edges_shown[shown], grouped[shown], where="post", color=BLUE)
-        axes.fill_between(edges_shown[shown], grouped[shown], step="post", color=SKY, alpha=0.5)
+        first, last = used[0], used[-1] + 1
+        axes.stairs(grouped[first:last], edges[first : last + 1], color=BLUE, fill=False)
+        axes.stairs(grouped[first:last], edges[first : last + 1], color=SKY, fill=True, alpha=0.5)
+        axes.set_ylim(0, 1.3 * grouped.max())  # room for the names of the lines
     axes.set_xscale("log")
     for width, level in enumerate(levels, 1):
         if threshold > 0:
             axes.axvline(threshold * level, color=RED, linewidth=1.5 if width == 1 else 0.8, linestyle="-" if width == 1 else ":")
-            name = f"threshold {threshold:.2g}\nwidth 1" if width == 1 else f"width {width}"
+            name = f"width 1: threshold {threshold:.2g}" if width == 1 else f"width {width}"
             axes.annotate(
-                name, (threshold * level, 1), xycoords=("data", "axes fraction"), color=RED, fontsize=8, rotation=90, va="top", ha="right"
+                name,
+                (threshold * level, 0.99),
+                xycoords=("data", "axes fraction"),
+                color=RED,
+                fontsize=8,
+                rotation=90,
+                va="top",
+                ha="right",
             )
     return figure
 
@@ -92,11 +108,14 @@ def importance_histogram(rows: np.ndarray, threshold: float, levels: Sequence[fl
 def hit_rate(steps: Sequence[int], values: Series, title: str) -> Figure:
     """Share of lookups that found a row, and rows resident."""
     figure, axes = _figure(f"Lookups that find a row{title}", "step", "share of lookups")
-    axes.plot(steps, values["lookup/hit_rate"], color=GREEN)
+    found = axes.plot(steps, values["lookup/hit_rate"], color=GREEN, label="share of lookups")
     axes.set_ylim(0, 1.02)
     right = axes.twinx()
-    right.plot(steps, values["rows/total"], color=GREY)
-    right.set_ylabel("rows resident (grey)")
+    resident = right.plot(steps, values["rows/total"], color=GREY, label="rows resident")
+    right.set_ylabel("rows resident")
+    right.set_ylim(bottom=0)
+    right.yaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(handles=[*found, *resident], loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return figure
 
 
@@ -106,6 +125,7 @@ def time_by_phase(steps: Sequence[int], values: Series, title: str) -> Figure:
     phases = [name for name in ("time/data", "time/route", "time/gather", "time/model", "time/update", "time/round") if name in values]
     stacks = [1000 * np.nan_to_num(np.asarray(values[name])) for name in phases]
     axes.stackplot(steps, stacks, labels=[name.removeprefix("time/") for name in phases], colors=[GREY, ORANGE, SKY, BLUE, GREEN, RED])
+    axes.set_ylim(0, 1.6 * float(np.median(np.sum(stacks, 0))))  # the first steps wait for the data to start
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
 

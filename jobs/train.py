@@ -24,6 +24,9 @@ def main() -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # a worker's
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(summary(plan, outcome))
     return 0
 

@@ -37,7 +37,7 @@ def texts(figure: Figure) -> str:
             plots.widths_by_table(["user", "item x user"], np.array([[5, 1], [0, 0]]), ""),
             ["user (6)", "item x user (0)", "1 chunk", "2 chunks"],
         ),
-        (plots.importance_histogram(np.arange(2048), 0.01, (1.0, 4.0), ""), ["threshold 0.01", "width 2", "rows per bin"]),
+        (plots.importance_histogram(np.arange(2048), 0.01, (1.0, 4.0), ""), ["threshold 0.01", "width 2", "rows per octave"]),
         (plots.hit_rate(STEPS, VALUES, ""), ["share of lookups"]),
         (plots.time_by_phase(STEPS, VALUES, ""), ["route", "round", "ms per step"]),
     ],
@@ -48,4 +48,4 @@ def test_a_plot_says_what_it_shows(figure: Figure, wanted: list[str]) -> None:
 
 
 def test_an_empty_histogram_can_be_drawn() -> None:
-    assert "rows per bin" in texts(plots.importance_histogram(np.zeros(2048, np.int64), 0.0, (1.0,), ""))
+    assert "rows per octave" in texts(plots.importance_histogram(np.zeros(2048, np.int64), 0.0, (1.0,), ""))

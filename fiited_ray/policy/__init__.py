@@ -1,6 +1,6 @@
 """What is worth its bytes: importance -> histogram -> threshold -> width. Pure functions; no Ray, no I/O."""
 
-from fiited_ray.policy.decision import Decision, RoundState, ShardReport, decide, shard_limit
+from fiited_ray.policy.decision import Decision, RoundState, ShardReport, decide, shard_limit, smallest_budget
 from fiited_ray.policy.histogram import BINS, bin_edges, importance_bin
 from fiited_ray.policy.schedule import RoundSchedule
 from fiited_ray.policy.threshold import find_threshold, levels_of, planned_bytes, width_of
@@ -18,5 +18,6 @@ __all__ = [
     "levels_of",
     "planned_bytes",
     "shard_limit",
+    "smallest_budget",
     "width_of",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fiited_ray.config import PolicyConfig
+from fiited_ray.config import ConfigError, PolicyConfig
 from fiited_ray.policy.histogram import BINS, bin_edges
 from fiited_ray.policy.threshold import find_threshold, planned_bytes, width_of
 
@@ -17,13 +17,26 @@ _AHEAD = 1.5  # times the bytes asked for since the last round, over as many ste
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a shard tells the coordinator: 32 KiB and a few numbers, however many rows it has."""
+    """What a shard tells the coordinator: 32 KiB and a few numbers, however many rows it has.
+
+    Raises:
+        ValueError: for a histogram of another shape or dtype.
+    """
 
     histogram: np.ndarray  # int64 [2, 2048]: rows, and the bytes they hold, by importance bin
     fixed_bytes: int  # needed with no row
     admitted_bytes: int = 0  # of rows let in since the last round
     refused: int = 0  # times a row was turned away for want of room since then
     ceiling_bytes: int | None = None  # this worker's own memory
+
+    def __post_init__(self) -> None:
+        if self.histogram.shape != (2, BINS) or self.histogram.dtype != np.int64:
+            raise ValueError(f"histogram: int64 [2, {BINS}] is wanted, not {self.histogram.dtype} {list(self.histogram.shape)}")
+
+    def same_as(self, other: ShardReport) -> bool:
+        """Whether both say the same."""
+        mine, theirs = ({name: value for name, value in vars(each).items() if name != "histogram"} for each in (self, other))
+        return mine == theirs and np.array_equal(self.histogram, other.histogram)
 
 
 @dataclass(frozen=True)
@@ -53,24 +66,45 @@ def decide(reports: Sequence[ShardReport], state: RoundState, policy: PolicyConf
     """Find the global threshold at which all shards together meet the budget, less some headroom for rows to come.
 
     The number of shards does not matter: histograms add, and the threshold follows from the sum.
+
+    Raises:
+        ConfigError: when the budget or a shard's ceiling does not hold what is needed with no row and one narrow row for each shard.
     """
-    histogram = np.sum([report.histogram for report in reports], 0)
+    _check_room(reports, state)
+    rows = _summed(reports)[0]
     fixed = sum(report.fixed_bytes for report in reports)
-    if state.budget_bytes is None and all(report.ceiling_bytes is None for report in reports):
-        total = int(planned_bytes(histogram[0], 0.0, state.levels, state.row_bytes)) + fixed
-        return Decision(0.0, (0.0,) * len(reports), total, 0, skipped=state.threshold == 0)
-    threshold = _threshold(reports, state, policy, histogram[0], fixed)
-    thresholds = tuple(max(threshold, _own_threshold(report, state)) for report in reports)
-    planned = [
-        report.fixed_bytes + int(planned_bytes(report.histogram[0], own, state.levels, state.row_bytes))
-        for report, own in zip(reports, thresholds, strict=True)
-    ]
-    changed = _changed_bytes(histogram, threshold, state)
-    scale = state.budget_bytes if state.budget_bytes is not None else sum(report.ceiling_bytes or 0 for report in reports)
-    crowded = any(report.refused for report in reports)
-    skipped = changed < policy.min_change * scale and not crowded and threshold >= state.threshold and state.threshold > 0
-    skipped |= threshold == 0 == state.threshold and not crowded
-    return Decision(threshold, thresholds, sum(planned), changed, skipped)
+    threshold = _threshold(reports, state, policy, rows, fixed)
+    thresholds = tuple(_own_threshold(report, threshold, state) for report in reports)
+    planned = sum(int(_planned_bytes(report, own, state)) for report, own in zip(reports, thresholds, strict=True))
+    changed = 0
+    for own in sorted(set(thresholds)):  # one, unless a ceiling is in the way
+        alike = [report for report, each in zip(reports, thresholds, strict=True) if each == own]
+        changed += _changed_bytes(_summed(alike), own, state)
+    scale = sum(report.ceiling_bytes or 0 for report in reports) if state.budget_bytes is None else state.budget_bytes
+    settled = changed == 0 or changed < policy.min_change * scale
+    # A lower threshold is always taken: it moves little, and ids without a row are measured by it. So is the first one above 0.
+    urgent = any(report.refused for report in reports) or threshold < state.threshold or (state.threshold == 0 < threshold)
+    return Decision(threshold, thresholds, planned, changed, skipped=settled and not urgent)
+
+
+def smallest_budget(fixed_bytes: Sequence[int], row_bytes: Sequence[int]) -> int:
+    """Bytes below which shards with these fixed parts cannot hold one narrow row each."""
+    return sum(fixed_bytes) + len(fixed_bytes) * row_bytes[1]
+
+
+def _check_room(reports: Sequence[ShardReport], state: RoundState) -> None:
+    least = smallest_budget([report.fixed_bytes for report in reports], state.row_bytes)
+    if state.budget_bytes is not None and state.budget_bytes < least:
+        raise ConfigError(
+            f"budget: {state.budget_bytes:,} bytes do not hold the fixed parts of {len(reports)} shards and one narrow row each; "
+            f"the smallest possible budget is {least:,} bytes"
+        )
+    for rank, report in enumerate(reports):
+        least = smallest_budget([report.fixed_bytes], state.row_bytes)
+        if report.ceiling_bytes is not None and report.ceiling_bytes < least:
+            raise ConfigError(
+                f"policy.max_shard_bytes: {report.ceiling_bytes:,} bytes, but shard {rank} needs {least:,} at least; raise it"
+            )
 
 
 def _threshold(reports: Sequence[ShardReport], state: RoundState, policy: PolicyConfig, rows: np.ndarray, fixed: int) -> float:
@@ -79,23 +113,38 @@ def _threshold(reports: Sequence[ShardReport], state: RoundState, policy: Policy
         return 0.0
     asked = sum(report.admitted_bytes + report.refused * state.row_bytes[1] for report in reports)
     ahead = _AHEAD * asked * state.steps_ahead / max(1, state.steps_since)
-    headroom = min(policy.headroom * state.budget_bytes, max(_LEAST_HEADROOM * state.budget_bytes, ahead))
-    target = state.budget_bytes - fixed - headroom
-    threshold = find_threshold(rows, target, state.levels, state.row_bytes)
-    capped = [report for report in reports if _own_threshold(report, state) > threshold]
+    room = state.budget_bytes - fixed
+    headroom = min(policy.headroom * state.budget_bytes, max(_LEAST_HEADROOM * state.budget_bytes, ahead), room / 2)
+    threshold = find_threshold(rows, room - headroom, state.levels, state.row_bytes)
+    capped = [report for report in reports if _own_threshold(report, threshold, state) > threshold]
     if capped and len(capped) < len(reports):
-        kept = sum((report.ceiling_bytes or 0) - report.fixed_bytes for report in capped)
-        others = rows - np.sum([report.histogram[0] for report in capped], 0)
-        threshold = find_threshold(others, target - kept, state.levels, state.row_bytes)
+        kept = sum(_own_room(report) for report in capped)
+        threshold = find_threshold(rows - _summed(capped)[0], room - headroom - kept, state.levels, state.row_bytes)
     return threshold
 
 
-def _own_threshold(report: ShardReport, state: RoundState) -> float:
-    """The threshold that keeps a shard below its own ceiling; 0 without one."""
-    if report.ceiling_bytes is None:
-        return 0.0
-    room = report.ceiling_bytes * (1 - _LEAST_HEADROOM) - report.fixed_bytes
-    return find_threshold(report.histogram[0], room, state.levels, state.row_bytes)
+def _own_threshold(report: ShardReport, threshold: float, state: RoundState) -> float:
+    """The global threshold, or the higher one that keeps a shard below its own ceiling."""
+    if report.ceiling_bytes is None or _planned_bytes(report, threshold, state) - report.fixed_bytes <= _own_room(report):
+        return threshold
+    return find_threshold(report.histogram[0], _own_room(report), state.levels, state.row_bytes)
+
+
+def _own_room(report: ShardReport) -> float:
+    """Bytes for the rows of a shard with a ceiling."""
+    room = (report.ceiling_bytes or 0) - report.fixed_bytes
+    return room - min(_LEAST_HEADROOM * (report.ceiling_bytes or 0), room / 2)
+
+
+def _planned_bytes(report: ShardReport, threshold: float, state: RoundState) -> float:
+    return report.fixed_bytes + planned_bytes(report.histogram[0], threshold, state.levels, state.row_bytes)
+
+
+def _summed(reports: Sequence[ShardReport]) -> np.ndarray:
+    total = np.zeros((2, BINS), np.int64)
+    for report in reports:
+        total += report.histogram
+    return total
 
 
 def _changed_bytes(histogram: np.ndarray, threshold: float, state: RoundState) -> int:
@@ -106,10 +155,24 @@ def _changed_bytes(histogram: np.ndarray, threshold: float, state: RoundState) -
     return int(np.abs(wanted - histogram[1]).sum())
 
 
-def shard_limit(budget_bytes: int, planned_bytes: int, planned_by_all: int, workers: int, ceiling_bytes: int | None) -> int:
-    """Bytes a shard may take until the next round: what its rows are planned to take, and an even part of what is left.
+def shard_limit(
+    budget_bytes: int,
+    planned_bytes: int,
+    planned_by_all: int,
+    workers: int,
+    ceiling_bytes: int | None,
+    growth_bytes: int = 0,
+    growth_by_all: int = 0,
+) -> int:
+    """Bytes a shard may take until the next round: what its rows take, what they are to grow by, and an even part of what is left.
 
-    More bytes where more of the important rows are; all limits together are never more than the budget.
+    All limits together are never more than the budget. None is below what its shard's rows take, unless its ceiling is, as long as
+    `planned_by_all` is within the budget; growth beyond what is left is cut in proportion. Plans beyond the budget are cut likewise.
     """
-    limit = planned_bytes + (budget_bytes - planned_by_all) // workers
+    room = budget_bytes - planned_by_all
+    if room < 0:
+        limit = planned_bytes * budget_bytes // planned_by_all
+    else:
+        granted = growth_bytes if growth_by_all <= room else growth_bytes * room // growth_by_all
+        limit = planned_bytes + granted + max(0, room - growth_by_all) // workers
     return limit if ceiling_bytes is None else min(limit, ceiling_bytes)

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fiited_ray.policy.histogram import BINS, bin_edges
+from fiited_ray.policy.histogram import BINS, FIRST, SHIFT
 
-_HALVINGS = 64
+_HIGHEST = 2.0**100  # a cut that no importance passes
+_HEAP_SHARE = 0.01  # of the target: what the heaps that are not seen as such may hold, over all levels
+_HEAP_FACTOR = 2  # times as many rows as in the bins around
+_AROUND = 4  # bins on each side
 
 
 def levels_of(alpha: float, chunks: int) -> tuple[float, ...]:
@@ -23,47 +26,82 @@ def levels_of(alpha: float, chunks: int) -> tuple[float, ...]:
 def width_of(importance: np.ndarray, threshold: float, levels: Sequence[float]) -> np.ndarray:
     """int64 [n]: chunks that rows of float32 [n] importance keep. Threshold 0 keeps everything, unused rows too."""
     if threshold == 0:
-        return np.full(len(importance), len(levels))
-    cuts = np.asarray([np.float32(threshold * level) for level in levels])
-    return (importance[:, None] > cuts).sum(1)
+        return np.full(len(importance), len(levels), np.int64)
+    return np.asarray((importance[:, None] > _cuts(threshold, np.asarray(levels))).sum(1), np.int64)
 
 
 def planned_bytes(rows: np.ndarray, threshold: float, levels: Sequence[float], row_bytes: Sequence[int]) -> float:
     """Bytes of the rows of a histogram at a threshold, spread evenly inside each bin.
 
+    The first and the last bin, which have no such width, count whole unless they lie below the cut.
+
     Args:
         rows: int64 [2048], rows by importance bin.
         row_bytes: bytes of a row of width 0 (that is 0), 1, ..., k.
     """
-    more = np.diff(np.asarray(row_bytes, np.float64))
-    if threshold == 0:
-        return float(rows.sum() * more.sum())
-    return float(sum(each * _rows_above(rows, threshold * level) for each, level in zip(more, levels, strict=True)))
+    return _Plan(rows, levels, row_bytes).bytes_at(threshold)
 
 
 def find_threshold(rows: np.ndarray, target_bytes: float, levels: Sequence[float], row_bytes: Sequence[int]) -> float:
-    """The smallest threshold whose planned bytes are at most the target; 0 when everything fits at full width.
+    """The smallest float32 threshold whose planned bytes are at most the target; 0 when everything fits at full width.
 
-    A float32 value. Bytes are planned as if importance were spread evenly inside a bin (2 % wide): where many rows have exactly the
-    same importance the plan may be off by what is in their bin, and the store's own byte limit is what holds.
+    A plan that spreads a bin's rows over its width (2 %) is wrong where many have the very same importance. A bin much fuller than
+    those around it, and worth more than a small share of the target, is therefore kept whole or left out whole: out when it does not
+    fit. The rows then take at most 1.01 times the target, but for how unevenly the other bins with a cut in them, one for each
+    level, are filled. A larger target never gives a higher threshold. The limits of the store hold in any case.
     """
-    if planned_bytes(rows, 0.0, levels, row_bytes) <= target_bytes:
+    plan = _Plan(rows, levels, row_bytes)
+    if plan.bytes_at(0.0) <= target_bytes:
         return 0.0
-    edges = bin_edges()
-    low, high = edges[1] / 2, edges[-1]
-    for _ in range(_HALVINGS):
-        middle = float(np.sqrt(low * high))
-        if planned_bytes(rows, middle, levels, row_bytes) <= target_bytes:
+    plan.keep_heaps_whole(target_bytes)
+    low, high = 0, _bits(np.float32(_HIGHEST))  # positive floats are in the order of their bits
+    while high - low > 1:
+        middle = (low + high) // 2
+        if plan.bytes_at(_float(middle)) <= target_bytes:
             high = middle
         else:
             low = middle
-    return float(np.nextafter(np.float32(high), np.float32(np.inf)))
+    return _float(high)
 
 
-def _rows_above(rows: np.ndarray, cut: float) -> float:
-    edges = bin_edges()
-    if cut >= edges[-1]:
-        return 0.0
-    at = min(int(np.searchsorted(edges, cut, side="right")) - 1, BINS - 1)
-    inside = (edges[at + 1] - cut) / (edges[at + 1] - edges[at])
-    return float(rows[at + 1 :].sum()) + float(rows[at]) * inside
+class _Plan:
+    """Bytes of a histogram's rows as a function of the threshold; never rising with it."""
+
+    def __init__(self, rows: np.ndarray, levels: Sequence[float], row_bytes: Sequence[int]) -> None:
+        self._rows = rows.astype(np.float64)
+        self._above = np.append(self._rows[::-1].cumsum()[::-1], 0.0)  # rows in this bin and higher ones
+        self._levels = np.asarray(levels, np.float64)
+        self._more = np.diff(np.asarray(row_bytes, np.float64))  # bytes of the next chunk
+        self._whole = np.zeros((len(self._levels), BINS), bool)
+        self._whole[:, [0, -1]] = True
+
+    def keep_heaps_whole(self, target_bytes: float) -> None:
+        """Count a bin with many equal rows as kept until the cut has left it behind."""
+        around = np.lib.stride_tricks.sliding_window_view(np.pad(self._rows, _AROUND), 2 * _AROUND + 1)
+        heaped = self._rows > _HEAP_FACTOR * np.median(around, 1)
+        content = self._rows * self._more[:, None]
+        self._whole |= heaped & (content * len(self._levels) > _HEAP_SHARE * target_bytes)
+
+    def bytes_at(self, threshold: float) -> float:
+        if threshold == 0:
+            return float(self._above[0] * self._more.sum())
+        cuts = _cuts(threshold, self._levels)
+        least_kept = cuts.view(np.int32).astype(np.int64) + 1  # the next float above the cut
+        bins = ((least_kept >> SHIFT) - FIRST).clip(0, BINS - 1)
+        inside = 1 - (least_kept & ((1 << SHIFT) - 1)) / (1 << SHIFT)
+        inside[self._whole[np.arange(len(bins)), bins]] = 1.0
+        kept = self._above[bins + 1] + self._rows[bins] * inside
+        return float((self._more * np.where(cuts < _HIGHEST, kept, 0.0)).sum())
+
+
+def _cuts(threshold: float, levels: np.ndarray) -> np.ndarray:
+    """float32 [k]: a chunk stays with rows above its cut. Rounded as the store rounds them."""
+    return np.minimum(threshold * levels, _HIGHEST).astype(np.float32)
+
+
+def _bits(value: np.float32) -> int:
+    return int(value.view(np.int32))
+
+
+def _float(bits: int) -> float:
+    return float(np.int32(bits).view(np.float32))

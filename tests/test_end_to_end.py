@@ -1,0 +1,154 @@
+"""The main job on real Ray Train workers and a real MLflow store, and what it refuses before any worker starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import mlflow
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fiited_ray.config import Budget, Config, ConfigError, DataConfig, EmbeddingConfig, ModelConfig, TrackingConfig, TrainConfig
+from fiited_ray.data import DataError
+from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
+from fiited_ray.summary import summary
+from fiited_ray.train.trainer import Outcome, Plan, make_plan, run
+
+ROOT = Path(__file__).parent.parent
+
+
+def job(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("job")
+    train, test = write_synthetic(folder, SyntheticSpec(rows=40_000))
+    return Config(
+        data=DataConfig(train=(str(train),), test=(str(test),), dense=("d0", "d1"), categorical=("c0", "c2", "c5"), multi_hot=("c25",)),
+        name="tiny",
+        budget=Budget(share=0.5),
+        output=str(folder / "runs"),
+        embedding=EmbeddingConfig(dim=8, chunk=4),
+        model=ModelConfig(bottom=(8,), top=(8,)),
+        train=TrainConfig(workers=2, batch_size=2000, max_steps=12, progressive=True),
+        tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", log_every=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(config: Config, ray_local: None) -> tuple[Plan, Outcome, list[str]]:
+    plan = make_plan(config)
+    lines: list[str] = []
+    return plan, run(plan, lines.append), lines
+
+
+def test_a_run_trains_within_its_budget_and_logs_everything(finished: tuple[Plan, Outcome, list[str]]) -> None:
+    plan, outcome, lines = finished
+    assert plan.budget_bytes is not None
+    assert 0 < outcome.metrics["bytes/peak_of_run"] <= plan.budget_bytes
+    assert 0.4 < outcome.metrics["eval/auc"] < 1
+    assert 0.4 < outcome.metrics["progressive/auc"] < 1
+    assert lines
+    client = mlflow.MlflowClient(outcome.run.uri)
+    logged = client.get_run(outcome.run.run_id)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.tags["synthetic_data"] == "True"
+    assert [each.step for each in client.get_metric_history(outcome.run.run_id, "train/loss")] == [4, 8, 12]
+    wanted = {"train/ne", "eval/ne", "bytes/total", "bytes/index", "rows/width_2", "lookup/hit_rate", "wire/bytes_per_step", "time/model"}
+    assert wanted <= logged.data.metrics.keys()
+    assert logged.data.metrics["wire/bytes_per_step"] > 0
+    plots = {Path(each.path).name for each in client.list_artifacts(outcome.run.run_id, "plots")}
+    assert {"bytes.png", "quality.png", "widths.png", "time.png", "hit_rate.png"} <= plots
+
+
+def test_the_summary_tells_what_a_person_wants_to_know(finished: tuple[Plan, Outcome, list[str]]) -> None:
+    plan, outcome, _ = finished
+    text = summary(plan, outcome)
+    for part in (
+        "synthetic data",
+        "AUC",
+        "NE",
+        "payload",
+        "optimizer",
+        "index",
+        "sketch",
+        "budget",
+        "dense equivalent",
+        "8 dims",
+        "samples/s",
+    ):
+        assert part in text
+    assert f"mlflow ui --host 127.0.0.1 --backend-store-uri {outcome.run.uri}" in text
+    assert outcome.run.run_id in text
+
+
+def test_the_saved_model_scores_as_it_did_in_training(
+    finished: tuple[Plan, Outcome, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, outcome, _ = finished
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(outcome.model_folder)])
+    assert job("evaluate").main() == 0
+    assert f"AUC {outcome.metrics['eval/auc']:.4f}" in capsys.readouterr().out
+
+
+def test_a_workers_error_reaches_the_driver_with_its_cause_and_the_run_is_marked_failed(
+    config: Config, ray_local: None, tmp_path: Path
+) -> None:
+    table = pq.read_table(config.data.train[0]).slice(0, 3000)
+    values = table["d1"].to_numpy().copy()
+    values[2500] = np.nan
+    table = table.set_column(table.schema.names.index("d1"), "d1", pa.array(values, pa.float32(), from_pandas=False))
+    pq.write_table(table, tmp_path / "bad.parquet")
+    bad = dataclasses.replace(
+        config, name="bad", budget=Budget(), data=dataclasses.replace(config.data, train=(str(tmp_path / "bad.parquet"),))
+    )
+    with pytest.raises(RuntimeError, match="dense column 'd1', row"):
+        run(make_plan(bad))
+    client = mlflow.MlflowClient(config.tracking.uri)
+    runs = client.search_runs(["1"], "attributes.run_name = 'bad'")
+    assert [each.info.status for each in runs] == ["FAILED"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"categorical": ("c0", "c99")}, DataError, "no column 'c99'"),
+        ({"train": ("nowhere.parquet",)}, DataError, "no Parquet file at nowhere.parquet"),
+        ({"dense": ("c25",), "multi_hot": ()}, DataError, "column 'c25' .*a dense column holds numbers"),
+    ],
+)
+def test_bad_input_is_refused_before_any_worker_starts(config: Config, changes: dict, error: type[Exception], message: str) -> None:
+    broken = dataclasses.replace(config, budget=Budget(), data=dataclasses.replace(config.data, **changes))
+    with pytest.raises(error, match=message):
+        make_plan(broken)
+
+
+def test_an_impossible_budget_is_refused_with_the_smallest_possible_one(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"the smallest possible budget here is [0-9]+ bytes"):
+        make_plan(dataclasses.replace(config, budget=Budget(bytes=5000)))
+
+
+def test_nothing_to_score_is_refused(config: Config) -> None:
+    silent = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, test=()), train=dataclasses.replace(config.train, progressive=False)
+    )
+    with pytest.raises(ConfigError, match="nothing would be scored"):
+        make_plan(silent)
+
+
+def test_a_wrong_key_is_one_line_and_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", str(ROOT / "jobs/configs/synthetic.yaml"), "embeding.dim=8"])
+    assert job("train").main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
