@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fiited_ray.policy.histogram import BINS, bin_edges
+from fiited_ray.policy.histogram import bin_edges
 
 MIB = 2**20
 # Okabe and Ito's palette, told apart with any colour vision
@@ -49,9 +49,11 @@ def quality_over_time(steps: Sequence[int], values: Series, final: Mapping[str, 
                 xycoords=on.get_yaxis_transform(),
                 color=colour,
                 fontsize=9,
+                bbox={"color": "white", "alpha": 0.8, "pad": 1},
                 va="bottom",
                 ha="right",
             )
+    axes.set_xlim(right=steps[-1] + 0.12 * (steps[-1] - steps[0]) + 1)  # room for the names of the dashed lines
     lines = [*axes.get_lines()[:1], *right.get_lines()[:1]]
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     return figure
@@ -79,14 +81,14 @@ def importance_histogram(rows: np.ndarray, threshold: float, levels: Sequence[fl
     figure, axes = _figure(
         f"Importance of resident rows at the last round{title}", "importance (decayed sum of frequency x gradient norm)", "rows per octave"
     )
-    edges = bin_edges()[1:].reshape(-1, _GROUP)[:, 0]
+    edges = bin_edges()[_GROUP::_GROUP]  # without the first group, which holds 0
     grouped = rows.reshape(-1, _GROUP).sum(1)[1:] / np.diff(np.log2(edges))  # bins are even within an octave, not on a log axis
     used = np.flatnonzero(grouped)
     if len(used):
         first, last = used[0], used[-1] + 1
         axes.stairs(grouped[first:last], edges[first : last + 1], color=BLUE, fill=False)
         axes.stairs(grouped[first:last], edges[first : last + 1], color=SKY, fill=True, alpha=0.5)
-        axes.set_ylim(0, 1.3 * grouped.max())  # room for the names of the lines
+        axes.set_ylim(0, 1.7 * grouped.max())  # room for the names of the lines
     axes.set_xscale("log")
     for width, level in enumerate(levels, 1):
         if threshold > 0:
