@@ -34,13 +34,14 @@ class BinaryMetrics:
         """Add float [B] logits and 0/1 [B] labels.
 
         Raises:
-            ValueError: for a logit that is NaN.
+            ValueError: for a logit that is NaN or infinite.
         """
         logits, labels = logits.detach().float(), labels.float()
-        if bool(torch.isnan(logits).any()):
-            raise ValueError(
-                f"the model's logit for row {int(torch.isnan(logits).nonzero()[0])} of the batch is NaN; lower the learning rates"
-            )
+        wrong = (~torch.isfinite(logits)).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            value = "NaN" if bool(logits[row].isnan()) else "infinite"
+            raise ValueError(f"the model's logit for row {row} of the batch is {value}; lower the learning rates")
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         predictions = torch.sigmoid(logits)
         self._sums += torch.stack(

@@ -78,6 +78,12 @@ def test_a_nan_logit_is_an_error_that_names_its_row() -> None:
         BinaryMetrics().update(torch.tensor([0.0, float("nan")]), torch.zeros(2))
 
 
+@pytest.mark.parametrize("logit", [float("inf"), float("-inf")])
+def test_an_infinite_logit_is_an_error_that_names_its_row(logit: float) -> None:
+    with pytest.raises(ValueError, match="row 1 of the batch is infinite"):
+        BinaryMetrics().update(torch.tensor([0.0, logit]), torch.ones(2))
+
+
 def test_reset_forgets() -> None:
     metrics = BinaryMetrics()
     metrics.update(*draw("normal"))
