@@ -30,7 +30,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return Config(
         data=data,
         embedding=EmbeddingConfig(optimizer="adagrad"),
-        policy=PolicyConfig(interval=50, decay=0.999),
+        policy=PolicyConfig(alpha=4.0, interval=50, decay=0.999),
         model=ModelConfig(bottom=(16,), top=(32,)),
         train=TrainConfig(batch_size=256, max_steps=STEPS),
     )
