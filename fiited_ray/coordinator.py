@@ -49,7 +49,7 @@ class _Round:
 
     def outcome(self) -> Decision | None:
         if self.error is not None:
-            raise self.error
+            raise type(self.error)(*self.error.args)  # anew: one exception raised by all waiters would gather all their tracebacks
         return self.decision
 
 

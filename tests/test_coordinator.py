@@ -62,7 +62,7 @@ def test_three_shards_go_on_with_the_round_after_the_actor_died() -> None:
     ray.kill(actor, no_restart=False)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(waiting)
-    while RemoteDecider(actor, 0, wait_seconds=0.1).decide(0, report(0), STATE) is None and not alive(actor):
+    while not alive(actor):
         pass
     assert ray.get(send(actor, 3, range(3))) == [decide([report(rank) for rank in range(3)], STATE, POLICY)] * 3
     ray.kill(actor)
@@ -122,7 +122,7 @@ def test_shards_that_differ_in_what_is_common_are_an_error_on_every_shard() -> N
     actor = start_coordinator(POLICY, 2)
     calls = send(actor, 1, range(1))
     other = dataclasses.replace(STATE, budget_bytes=1)
-    refused(actor, [*calls, actor.decide.remote(1, 1, report(1), other)], "round 1: rank 1 has RoundState.budget_bytes=1,")
+    refused(actor, [*calls, actor.decide.remote(1, 1, report(1), other)], r"round 1: rank [01] has RoundState")
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -145,7 +145,8 @@ def test_a_rank_that_cannot_be_is_an_error_not_a_wait() -> None:
 def test_a_thousand_shards_are_decided() -> None:
     actor = start_coordinator(POLICY, 1000)
     mine = ray.put(report(0, 100))
-    decisions = ray.get([actor.decide.remote(1, rank, mine, STATE) for rank in range(1000)])
+    state = dataclasses.replace(STATE, budget_bytes=1000 * 15_000)
+    decisions = ray.get([actor.decide.remote(1, rank, mine, state) for rank in range(1000)])
     assert len({each.threshold for each in decisions}) == 1
     ray.kill(actor)
 
