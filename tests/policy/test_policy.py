@@ -92,6 +92,13 @@ def test_equal_rows_stay_together_or_go_together(equal: float) -> None:
     assert kept == [0, 1000]
 
 
+def test_rows_above_the_last_edge_count_whole() -> None:
+    importance = np.repeat([*bin_edges()[BINS - 20 : BINS - 1], 2.0**25], 100).astype(np.float32)
+    rows = np.bincount(importance_bin(importance), minlength=BINS)
+    assert rows[-1] == 100
+    assert width_of(importance, find_threshold(rows, 50 * 155, (1.0,), (0, 155)), (1.0,)).sum() <= 50
+
+
 def test_equal_rows_on_the_edge_of_a_bin_stay_when_those_below_must_go() -> None:
     importance = np.concatenate([np.full(1000, 1.0), np.full(1000, 0.99)]).astype(np.float32)
     threshold = find_threshold(np.bincount(importance_bin(importance), minlength=BINS), 1500 * 155, (1.0,), (0, 155))
@@ -177,7 +184,7 @@ def test_a_shard_with_little_memory_of_its_own_prunes_more_and_the_others_get_it
     tight = decide([ShardReport(histogram(a), 0, ceiling_bytes=300_000), ShardReport(histogram(b), 0)], state(budget), PolicyConfig())
     assert tight.thresholds[0] > free.threshold > tight.thresholds[1]
     assert planned_bytes(histogram(a)[0], tight.thresholds[0], LEVELS, ROW_BYTES) <= 300_000
-    assert tight.planned_bytes > 0.95 * budget
+    assert 0.95 * budget < tight.planned_bytes <= budget
 
 
 @pytest.mark.parametrize("budget", [None, 1_500_000])
@@ -198,7 +205,13 @@ def test_a_budget_that_holds_no_row_is_refused_and_the_smallest_one_named() -> N
     assert least == 110_000 + 2 * 59
     with pytest.raises(ConfigError, match=r"109,000 bytes .* smallest possible budget is 110,118 bytes"):
         decide(reports, state(109_000), PolicyConfig())
-    assert decide(reports, state(least), PolicyConfig(headroom=0.5)).planned_bytes <= least
+    assert decide(reports, state(least), PolicyConfig()).planned_bytes <= least
+
+
+def test_headroom_leaves_rows_half_of_what_the_fixed_parts_leave() -> None:
+    report = ShardReport(histogram(draw(15, 1000)), 110_000, admitted_bytes=10**9)
+    decision = decide([report], state(112_000), PolicyConfig(headroom=0.5))
+    assert 110_500 < decision.planned_bytes <= 111_000
 
 
 def test_a_ceiling_that_holds_no_row_is_refused() -> None:
