@@ -96,7 +96,8 @@ def test_rows_above_the_last_edge_count_whole() -> None:
     importance = np.repeat([*bin_edges()[BINS - 20 : BINS - 1], 2.0**25], 100).astype(np.float32)
     rows = np.bincount(importance_bin(importance), minlength=BINS)
     assert rows[-1] == 100
-    assert width_of(importance, find_threshold(rows, 50 * 155, (1.0,), (0, 155)), (1.0,)).sum() <= 50
+    cut = float(bin_edges()[BINS - 1]) * 1.01
+    assert planned_bytes(rows, cut, (1.0,), (0, 155)) == width_of(importance, cut, (1.0,)).sum() * 155 == 100 * 155
 
 
 def test_equal_rows_on_the_edge_of_a_bin_stay_when_those_below_must_go() -> None:
