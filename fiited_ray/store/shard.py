@@ -159,7 +159,8 @@ class VhpiShard:
         self.grow()
 
     def set_limit(self, limit_bytes: int | None) -> None:
-        self._ops.store_set_limit(self._handle, limit_bytes or 0)
+        """Bytes this shard may take from now on; what it has already taken stays. None: no limit."""
+        self._ops.store_set_limit(self._handle, 0 if limit_bytes is None else max(1, limit_bytes))
 
     def stats(self) -> ShardStats:
         return ShardStats(*self._ops.store_stats(self._handle).tolist())

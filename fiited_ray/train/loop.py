@@ -190,10 +190,11 @@ def _resize(worker: Worker, decision: Decision) -> None:
     """Shrink everywhere, deal the bytes anew, then grow: the shards together stay below the budget at every moment."""
     shard, ceiling = worker.shard, worker.config.policy.max_shard_bytes
     growth = shard.shrink(decision.thresholds[worker.exchange.rank])
-    planned = shard.stats().planned + growth
-    planned_by_all = int(worker.exchange.all_reduce(torch.tensor([planned]))[0])  # all have shrunk
+    held = shard.stats().planned
+    held_by_all, growth_by_all = worker.exchange.all_reduce(torch.tensor([held, growth])).tolist()  # all have shrunk
     if worker.budget_bytes is not None:
-        shard.set_limit(shard_limit(worker.budget_bytes, planned, planned_by_all, worker.exchange.workers, ceiling))
+        workers = worker.exchange.workers
+        shard.set_limit(shard_limit(worker.budget_bytes, held, held_by_all, workers, ceiling, growth, growth_by_all))
     shard.grow()
     worker.threshold = decision.threshold
 
