@@ -177,7 +177,7 @@ class EmbeddingConfig:
 class PolicyConfig:
     """Which rows and chunks are worth their bytes, and when that is decided anew."""
 
-    alpha: float = 3.0  # chunk j of a row with importance s has utility s / alpha**j
+    alpha: float = 2.0  # chunk j of a row with importance s has utility s / alpha**j
     importance: Literal["frequency_x_norm", "norm", "lookup_norm_sum", "frequency"] = "frequency_x_norm"
     admission: float = 2.0  # an id without a row must beat the threshold by this factor to get one
     decay: float = 0.9999  # of the importance, per step

@@ -19,7 +19,7 @@ def make_spec(budget: int | None = None, **changes: Any) -> ShardSpec:
     config = Config(
         data=DataConfig(categorical=("a", "b")),
         embedding=EmbeddingConfig(dim=12, chunk=4, init_scale=0.1, restore_scale=0.05),
-        policy=PolicyConfig(decay=0.9, admission=1.0),
+        policy=PolicyConfig(alpha=4.0, decay=0.9, admission=1.0),
     )
     return dataclasses.replace(ShardSpec.of(config, budget), **changes)
 
