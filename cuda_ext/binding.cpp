@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/batch.h"
+#include "cpu/parallel.h"
 #include "cpu/shard.h"
 
 namespace {
@@ -51,6 +52,17 @@ std::vector<T> to_vector(const Tensor& tensor, ScalarType type, const char* name
   const T* data = read<T>(tensor, type, name, size);
   return std::vector<T>(data, data + tensor.numel());
 }
+
+// The kernels' tasks run on torch's own threads.
+const bool threads_set = [] {
+  fiited::threads.count = [] { return static_cast<int>(torch::stable::get_num_threads()); };
+  fiited::threads.run = [](int count, void (*body)(void*), void* context) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) body(context);
+    });
+  };
+  return true;
+}();
 
 // ---- shards ---------------------------------------------------------------------------------------------------------
 
@@ -128,42 +140,48 @@ void check_keys(const ShardConfig& config, const int64_t* keys, const int32_t* t
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> store_lookup(int64_t handle, Tensor keys, Tensor tables, Tensor counts, bool training, int64_t step,
-                                                int64_t quota, bool with_values) {
+std::tuple<Tensor, Tensor> store_lookup(int64_t handle, Tensor keys, Tensor tables, Tensor counts, bool training, int64_t step,
+                                        int64_t quota) {
   const auto shard = shard_of(handle);
-  const ShardConfig& config = shard->config();
   const int64_t n = keys.numel();
   const auto* keys_data = read<int64_t>(keys, ScalarType::Long, "keys", n);
   const auto* tables_data = read<int32_t>(tables, ScalarType::Int, "tables", n);
   const auto* counts_data = read<int32_t>(counts, ScalarType::Int, "counts", n);
-  check_keys(config, keys_data, tables_data, n);
+  check_keys(shard->config(), keys_data, tables_data, n);
   Tensor addresses = make(n, ScalarType::Int);
   Tensor widths = make(n, ScalarType::Byte);
-  Tensor values = make(with_values ? n * config.chunk * config.chunks : 0, ScalarType::Float);
-  const int64_t used = shard->lookup(n, keys_data, tables_data, counts_data, training, step, static_cast<uint64_t>(quota),
-                                     static_cast<uint32_t*>(addresses.mutable_data_ptr()), static_cast<uint8_t*>(widths.mutable_data_ptr()),
-                                     with_values ? static_cast<float*>(values.mutable_data_ptr()) : nullptr);
-  return {addresses, widths, with_values ? torch::stable::narrow(values, 0, 0, used) : values};
+  shard->lookup(n, keys_data, tables_data, counts_data, training, step, static_cast<uint64_t>(quota),
+                static_cast<uint32_t*>(addresses.mutable_data_ptr()), static_cast<uint8_t*>(widths.mutable_data_ptr()));
+  return {addresses, widths};
 }
 
-void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients,
-                  std::optional<Tensor> lookup_norms, double lr, int64_t step, int64_t quota) {
-  const auto shard = shard_of(handle);
-  const ShardConfig& config = shard->config();
-  const int64_t n = keys.numel();
-  const auto* keys_data = read<int64_t>(keys, ScalarType::Long, "keys", n);
-  const auto* tables_data = read<int32_t>(tables, ScalarType::Int, "tables", n);
-  check_keys(config, keys_data, tables_data, n);
-  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", n);
-  int64_t size = 0;
+const uint32_t* read_addresses(const Tensor& addresses, int64_t n) {
+  return reinterpret_cast<const uint32_t*>(read<int32_t>(addresses, ScalarType::Int, "addresses", n));
+}
+
+// The rows of a lookup must still be there: reading them follows their addresses.
+void check_addresses(const Shard& shard, const uint32_t* addresses, const uint8_t* widths, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    require(widths_data[i] <= config.chunks, "width " + std::to_string(widths_data[i]) + " is more than all chunks");
-    size += fiited::gradient_size(widths_data[i], config.chunk, config.chunks);
+    require(shard.fits(addresses[i], widths[i]), "row " + std::to_string(i) + " was resized or moved since its lookup; look up again after a round");
   }
-  shard->update(
-      n, keys_data, tables_data, reinterpret_cast<const uint32_t*>(read<int32_t>(addresses, ScalarType::Int, "addresses", n)), widths_data,
-      read<int32_t>(counts, ScalarType::Int, "counts", n), read<float>(gradients, ScalarType::Float, "gradients", size),
-      lookup_norms ? read<float>(*lookup_norms, ScalarType::Float, "lookup_norms", n) : nullptr, lr, step, static_cast<uint64_t>(quota));
+}
+
+Tensor store_read(int64_t handle, Tensor addresses, Tensor widths, std::optional<Tensor> take) {
+  const auto shard = shard_of(handle);
+  const int64_t rows = widths.numel();
+  const auto* addresses_data = read_addresses(addresses, rows);
+  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
+  check_addresses(*shard, addresses_data, widths_data, rows);
+  const int64_t n = take ? take->numel() : rows;
+  const auto* take_data = take ? read<int32_t>(*take, ScalarType::Int, "take", n) : nullptr;
+  int64_t chunks = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    require(!take || (take_data[i] >= 0 && take_data[i] < rows), "take " + std::to_string(i) + " is out of range");
+    chunks += widths_data[take ? take_data[i] : i];
+  }
+  Tensor values = make(chunks * shard->config().chunk, ScalarType::Float);
+  shard->read(n, take_data, addresses_data, widths_data, static_cast<float*>(values.mutable_data_ptr()));
+  return values;
 }
 
 Tensor store_histogram(int64_t handle) {
@@ -329,7 +347,6 @@ Tensor pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, std::o
   const auto starts = starts_of(widths_data, rows, chunk, chunks, false);
   const fiited::Bags bags = bags_of(inverse, offsets, weights, type, features, mean, chunk, chunks, rows);
   Tensor out = torch::stable::empty({bags.batch, features, chunk * chunks}, type);
-  torch::stable::zero_(out);
   with_real(type, [&](auto real) {
     using Real = decltype(real);
     fiited::pool<Real>(bags, read<Real>(values, type, "values", starts.back()), starts.data(), widths_data,
@@ -346,11 +363,10 @@ Tensor pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offs
   const auto starts = starts_of(widths_data, rows, chunk, chunks, fold);
   const fiited::Bags bags = bags_of(inverse, offsets, weights, type, features, mean, chunk, chunks, rows);
   Tensor out = make(starts.back(), type);
-  torch::stable::zero_(out);
   with_real(type, [&](auto real) {
     using Real = decltype(real);
     const auto* grad = read<Real>(grad_out, type, "grad_out", bags.batch * features * chunk * chunks);
-    fiited::pool_backward<Real>(bags, grad, starts.data(), widths_data, fold, static_cast<Real*>(out.mutable_data_ptr()));
+    fiited::pool_backward<Real>(bags, grad, rows, starts.data(), widths_data, fold, static_cast<Real*>(out.mutable_data_ptr()));
   });
   return out;
 }
@@ -376,54 +392,71 @@ Tensor lookup_norms(Tensor grad_out, int64_t rows, Tensor inverse, Tensor offset
                     bool mean, int64_t dim) {
   const fiited::Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, dim, 1, rows);
   Tensor out = make(rows, ScalarType::Float);
-  torch::stable::zero_(out);
-  fiited::lookup_norms(bags, read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * dim),
+  fiited::lookup_norms(bags, read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * dim), rows,
                        static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }
 
-// Sums wire gradients of several workers: row i of `from`, `widths[target[i]]` wide, is added into row target[i].
-Tensor sum_gradients(Tensor from, Tensor target, Tensor widths, int64_t chunk, int64_t chunks) {
-  const int64_t n = target.numel();
+// ---- a lookup's rows, pooled ------------------------------------------------------------------------------------------
+
+Tensor store_pool(int64_t handle, Tensor addresses, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights,
+                  int64_t features, bool mean) {
+  const auto shard = shard_of(handle);
+  const ShardConfig& config = shard->config();
   const int64_t rows = widths.numel();
-  const auto* target_data = read<int32_t>(target, ScalarType::Int, "target", n);
-  const auto starts = starts_of(read<uint8_t>(widths, ScalarType::Byte, "widths", rows), rows, chunk, chunks, true);
-  std::vector<int64_t> sizes(n);
-  int64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    require(target_data[i] >= 0 && target_data[i] < rows, "target " + std::to_string(i) + " is out of range");
-    sizes[i] = starts[target_data[i] + 1] - starts[target_data[i]];
-    total += sizes[i];
-  }
-  Tensor out = make(starts.back(), ScalarType::Float);
-  torch::stable::zero_(out);
-  fiited::add_rows(n, target_data, sizes.data(), read<float>(from, ScalarType::Float, "from", total), starts.data(),
-                   static_cast<float*>(out.mutable_data_ptr()));
+  const auto* addresses_data = read_addresses(addresses, rows);
+  check_addresses(*shard, addresses_data, read<uint8_t>(widths, ScalarType::Byte, "widths", rows), rows);
+  const fiited::Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks, rows);
+  Tensor out = torch::stable::empty({bags.batch, features, bags.dim()}, ScalarType::Float);
+  shard->pool(bags, addresses_data, static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }
 
-// Copies rows (`widths[row]` * chunk floats each) in the order of `take`: what an owner sends back for the keys it was asked.
-Tensor take_rows(Tensor values, Tensor widths, Tensor take, int64_t chunk) {
-  const int64_t rows = widths.numel();
-  const int64_t n = take.numel();
-  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
-  const auto* take_data = read<int32_t>(take, ScalarType::Int, "take", n);
-  const auto starts = starts_of(widths_data, rows, chunk, 255, false);
-  const auto* from = read<float>(values, ScalarType::Float, "values", starts.back());
-  int64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    require(take_data[i] >= 0 && take_data[i] < rows, "take " + std::to_string(i) + " is out of range");
-    total += widths_data[take_data[i]] * chunk;
-  }
-  Tensor out = make(total, ScalarType::Float);
-  auto* to = static_cast<float*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t size = widths_data[take_data[i]] * chunk;
-    std::copy_n(from + starts[take_data[i]], size, to);
-    to += size;
-  }
-  return out;
+Shard::Update update_of(const ShardConfig& config, const Tensor& keys, const Tensor& tables, const Tensor& addresses, const Tensor& widths,
+                        const Tensor& counts, const std::optional<Tensor>& lookup_norms, double lr, int64_t step, int64_t quota) {
+  const int64_t n = keys.numel();
+  const Shard::Update rows{n,
+                           read<int64_t>(keys, ScalarType::Long, "keys", n),
+                           read<int32_t>(tables, ScalarType::Int, "tables", n),
+                           read_addresses(addresses, n),
+                           read<uint8_t>(widths, ScalarType::Byte, "widths", n),
+                           read<int32_t>(counts, ScalarType::Int, "counts", n),
+                           lookup_norms ? read<float>(*lookup_norms, ScalarType::Float, "lookup_norms", n) : nullptr,
+                           lr,
+                           step,
+                           static_cast<uint64_t>(quota)};
+  check_keys(config, rows.keys, rows.tables, n);
+  return rows;
 }
+
+void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients,
+                  std::optional<Tensor> target, std::optional<Tensor> lookup_norms, double lr, int64_t step, int64_t quota) {
+  const auto shard = shard_of(handle);
+  const ShardConfig& config = shard->config();
+  const Shard::Update rows = update_of(config, keys, tables, addresses, widths, counts, lookup_norms, lr, step, quota);
+  const int64_t arrivals = target ? target->numel() : rows.n;
+  const auto* target_data = target ? read<int32_t>(*target, ScalarType::Int, "target", arrivals) : nullptr;
+  int64_t size = 0;
+  for (int64_t i = 0; i < arrivals; ++i) {
+    require(!target || (target_data[i] >= 0 && target_data[i] < rows.n), "target " + std::to_string(i) + " is out of range");
+    const uint8_t width = rows.widths[target ? target_data[i] : i];
+    require(width <= config.chunks, "width " + std::to_string(width) + " is more than all chunks");
+    size += fiited::gradient_size(width, config.chunk, config.chunks);
+  }
+  shard->update(rows, read<float>(gradients, ScalarType::Float, "gradients", size), arrivals, target_data);
+}
+
+void store_update_pooled(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor grad_out,
+                         Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean,
+                         std::optional<Tensor> lookup_norms, double lr, int64_t step, int64_t quota) {
+  const auto shard = shard_of(handle);
+  const ShardConfig& config = shard->config();
+  const Shard::Update rows = update_of(config, keys, tables, addresses, widths, counts, lookup_norms, lr, step, quota);
+  const fiited::Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks, rows.n);
+  shard->update_pooled(rows, bags, read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * bags.dim()));
+}
+
+// ---- ids ---------------------------------------------------------------------------------------------------------------
 
 Tensor hash_strings(Tensor offsets, Tensor bytes) {
   const int64_t n = offsets.numel() - 1;
@@ -454,11 +487,17 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("store_destroy(int handle) -> ()");
   m.def("store_plan(int[] ints, float[] floats) -> Tensor");
   m.def(
-      "store_lookup(int handle, Tensor keys, Tensor tables, Tensor counts, bool training, int step, int quota, bool with_values) -> "
-      "(Tensor, Tensor, Tensor)");
+      "store_lookup(int handle, Tensor keys, Tensor tables, Tensor counts, bool training, int step, int quota) -> (Tensor, Tensor)");
+  m.def("store_read(int handle, Tensor addresses, Tensor widths, Tensor? take) -> Tensor");
+  m.def(
+      "store_pool(int handle, Tensor addresses, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean) -> "
+      "Tensor");
   m.def(
       "store_update(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients, Tensor? "
-      "lookup_norms, float lr, int step, int quota) -> ()");
+      "target, Tensor? lookup_norms, float lr, int step, int quota) -> ()");
+  m.def(
+      "store_update_pooled(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor grad_out, Tensor "
+      "inverse, Tensor offsets, Tensor? weights, int features, bool mean, Tensor? lookup_norms, float lr, int step, int quota) -> ()");
   m.def("store_histogram(int handle) -> Tensor");
   m.def("store_shrink(int handle, float threshold) -> int");
   m.def("store_grow(int handle) -> ()");
@@ -485,8 +524,6 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def(
       "lookup_norms(Tensor grad_out, int rows, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int dim) -> "
       "Tensor");
-  m.def("sum_gradients(Tensor from_, Tensor target, Tensor widths, int chunk, int chunks) -> Tensor");
-  m.def("take_rows(Tensor values, Tensor widths, Tensor take, int chunk) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fiited, CompositeExplicitAutograd, m) {
@@ -506,7 +543,10 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("store_lookup", TORCH_BOX(&store_lookup));
+  m.impl("store_read", TORCH_BOX(&store_read));
+  m.impl("store_pool", TORCH_BOX(&store_pool));
   m.impl("store_update", TORCH_BOX(&store_update));
+  m.impl("store_update_pooled", TORCH_BOX(&store_update_pooled));
   m.impl("store_import", TORCH_BOX(&store_import));
   m.impl("dedup_ids", TORCH_BOX(&dedup_ids));
   m.impl("dedup_keys", TORCH_BOX(&dedup_keys));
@@ -514,8 +554,6 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("pool_backward", TORCH_BOX(&pool_backward));
   m.impl("pool_weights_backward", TORCH_BOX(&pool_weights_backward));
   m.impl("lookup_norms", TORCH_BOX(&lookup_norms));
-  m.impl("sum_gradients", TORCH_BOX(&sum_gradients));
   m.impl("hash_strings", TORCH_BOX(&hash_strings));
   m.impl("cross_ids", TORCH_BOX(&cross_ids));
-  m.impl("take_rows", TORCH_BOX(&take_rows));
 }

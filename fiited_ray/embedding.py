@@ -141,10 +141,13 @@ class ShardedEmbedding(nn.Module):
                 self.step += 1
             quota = self._quota(totals) if self.training else 0
             found = self.shard.lookup(keys, tables, counts, training=self.training, step=self.step, quota=quota)
-            widths, values = self._answer(found, owner_inverse, send, receive)
             spec = self.shard.spec
             bags = ops.Bags(local.inverse, batch.offsets, batch.weights, features, self.mean, spec.chunk, spec.chunks)
-            pooled = ops.pool(values, widths, bags)
+            if owner_inverse is None:
+                widths, pooled = found.widths, self.shard.pool(found, bags)
+            else:
+                widths, values = self._answer(found, owner_inverse, send, receive)
+                pooled = ops.pool(values, widths, bags)
         return pooled, _Routed(found, owner_inverse, widths, bags, send, receive, quota)
 
     def _greet(self, send: list[int], rows: int, lookups: int) -> tuple[list[int], StepTotals]:
@@ -181,13 +184,11 @@ class ShardedEmbedding(nn.Module):
         asked = totals.asked_bytes - before.asked_bytes if before else totals.lookups * self._full_row_bytes
         return min(ALL_KEYS, max(0, room) * ALL_KEYS // max(1, int(_MORE * asked)))
 
-    def _answer(self, found: Lookup, owner_inverse: Tensor | None, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor]:
+    def _answer(self, found: Lookup, owner_inverse: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor]:
         """Send the rows asked for, at their width; returns what came for the U keys: widths [U], values."""
-        if owner_inverse is None:
-            return found.widths, found.values
         chunk = self.shard.spec.chunk
         asked_widths = found.widths[owner_inverse]
-        values = ops.ops().take_rows(found.values, found.widths, owner_inverse, chunk)
+        values = self.shard.read(found, owner_inverse)
         widths = self.exchange.all_to_all(asked_widths, receive, send)
         value_send = splits(asked_widths.long() * chunk, receive)
         value_receive = splits(widths.long() * chunk, send)
@@ -196,23 +197,31 @@ class ShardedEmbedding(nn.Module):
     def _learn(self, grad_pooled: Tensor, routed: _Routed) -> None:
         """Take the gradient of the pooled vectors [B, F, D] to the rows' owners, who update."""
         spec = self.shard.spec
+        grad_pooled = grad_pooled.contiguous()
+        if self.exchange.workers == 1:
+            with self.times.phase("update"):
+                norms = self._lookup_norms(grad_pooled, routed)
+                self.shard.update_pooled(routed.found, grad_pooled, routed.bags, norms, self.lr, self.step, routed.quota)
+            return
+        assert routed.owner_inverse is not None
         with self.times.phase("route"):
-            grad_pooled = grad_pooled.contiguous()
-            if self.exchange.workers > 1:
-                grad_pooled = grad_pooled / self.exchange.workers
+            grad_pooled = grad_pooled / self.exchange.workers
             gradients = ops.wire_gradients(grad_pooled, routed.widths, routed.bags)
-            norms = ops.lookup_norms(grad_pooled, routed.widths.numel(), routed.bags) if spec.importance == "lookup_norm_sum" else None
-            if routed.owner_inverse is not None:
-                asked_widths = routed.found.widths[routed.owner_inverse]
-                send = splits(ops.gradient_sizes(routed.widths, spec.chunk, spec.chunks), routed.send)
-                receive = splits(ops.gradient_sizes(asked_widths, spec.chunk, spec.chunks), routed.receive)
-                arrived = self.exchange.all_to_all(gradients, send, receive)
-                gradients = ops.ops().sum_gradients(arrived, routed.owner_inverse, routed.found.widths, spec.chunk, spec.chunks)
-                if norms is not None:
-                    arrived = self.exchange.all_to_all(norms, routed.send, routed.receive)
-                    norms = torch.zeros(routed.found.widths.numel()).index_add_(0, routed.owner_inverse, arrived)
+            norms = self._lookup_norms(grad_pooled, routed)
+            asked_widths = routed.found.widths[routed.owner_inverse]
+            send = splits(ops.gradient_sizes(routed.widths, spec.chunk, spec.chunks), routed.send)
+            receive = splits(ops.gradient_sizes(asked_widths, spec.chunk, spec.chunks), routed.receive)
+            arrived = self.exchange.all_to_all(gradients, send, receive)
+            if norms is not None:
+                arrived_norms = self.exchange.all_to_all(norms, routed.send, routed.receive)
+                norms = torch.zeros(routed.found.widths.numel()).index_add_(0, routed.owner_inverse, arrived_norms)
         with self.times.phase("update"):
-            self.shard.update(routed.found, gradients, norms, self.lr, self.step, routed.quota)
+            self.shard.update(routed.found, arrived, norms, self.lr, self.step, routed.quota, routed.owner_inverse)
+
+    def _lookup_norms(self, grad_pooled: Tensor, routed: _Routed) -> Tensor | None:
+        if self.shard.spec.importance != "lookup_norm_sum":
+            return None
+        return ops.lookup_norms(grad_pooled, routed.widths.numel(), routed.bags)
 
 
 class _Update(torch.autograd.Function):

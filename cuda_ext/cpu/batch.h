@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace fiited {
 
@@ -13,13 +14,20 @@ struct Deduped {
   int32_t* inverse;  // [N] position among the unique ones
 };
 
-// Raw ids, feature by feature, to unique keys in the order of their owner and, within an owner, of first occurrence.
+// Raw ids, feature by feature, to unique keys ordered by owner, table and first occurrence.
 // `splits` [workers] receives how many belong to each. Throws when there are 2^31 ids or more.
 void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* feature_tables, int features, uint64_t seed, int workers,
                Deduped& out, int64_t* splits);
 
 // The same for keys that came from several workers: their counts are summed. Order of first occurrence.
 void dedup_keys(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, Deduped& out);
+
+// Positions 0..n-1 by the row that `inverse` names: row u has members[starts[u]] up to members[starts[u + 1]], in rising order.
+struct Groups {
+  std::vector<int32_t> starts;
+  std::vector<int32_t> members;
+  Groups(int64_t n, const int32_t* inverse, int64_t rows);
+};
 
 // Shape of a pooled lookup. Bag (f, b) is lookups offsets[f * batch + b] up to offsets[f * batch + b + 1].
 struct Bags {
@@ -31,32 +39,36 @@ struct Bags {
   bool mean;               // divide each bag by its number of lookups
   int chunk;
   int chunks;
+
+  int64_t lookups() const { return offsets[features * batch]; }
+  int dim() const { return chunk * chunks; }
 };
+
+// Wire layout of a gradient at width w of k chunks: w*chunk values, and behind them, while w < k, the missing chunks folded
+// into one with fixed random signs (additive over workers; its norm estimates theirs, exactly when one chunk is missing).
+inline int64_t gradient_size(int width, int chunk, int chunks) { return static_cast<int64_t>(width < chunks ? width + 1 : chunks) * chunk; }
 
 // values: rows of widths[u] * chunk floats one behind the other, starting at starts[u]; out [batch, features, chunks * chunk].
 template <class Real>
 void pool(const Bags& bags, const Real* values, const int64_t* starts, const uint8_t* widths, Real* out);
 
-// Gradient of `values`: zero-filled `grad_values` of the same layout is added to. With `fold`, rows are laid out as on the
-// wire instead (see gradient_size) and the missing chunks' gradient is folded in behind the live ones.
+// Gradient of `values`, in their layout, or on the wire's with `fold`; grad_out [batch, features, chunks * chunk].
 template <class Real>
-void pool_backward(const Bags& bags, const Real* grad_out, const int64_t* starts, const uint8_t* widths, bool fold, Real* grad_values);
+void pool_backward(const Bags& bags, const Real* grad_out, int64_t rows, const int64_t* starts, const uint8_t* widths, bool fold,
+                   Real* grad_values);
 
 // Gradient of the per-lookup weights: grad_weights [N].
 template <class Real>
 void pool_weights_backward(const Bags& bags, const Real* grad_out, const Real* values, const int64_t* starts, const uint8_t* widths,
                            Real* grad_weights);
 
-// Sum over each row's lookups of the norm of the lookup's own gradient: norms [rows], zero-filled, is added to.
-void lookup_norms(const Bags& bags, const float* grad_out, float* norms);
+// Sum over each row's lookups of the norm of the lookup's own gradient: norms [rows].
+void lookup_norms(const Bags& bags, const float* grad_out, int64_t rows, float* norms);
 
 // 64-bit hashes of n strings; string i is bytes[offsets[i]] up to bytes[offsets[i + 1]].
 void hash_strings(int64_t n, const int64_t* offsets, const uint8_t* bytes, int64_t* out);
 
 // Ids of the cross of two columns; the order of the columns matters.
 void cross_ids(int64_t n, const int64_t* left, const int64_t* right, int64_t* out);
-
-// Adds rows of `from` (sizes[i] floats each, one behind the other) into row target[i] of `to`, which starts at starts[target[i]].
-void add_rows(int64_t n, const int32_t* target, const int64_t* sizes, const float* from, const int64_t* starts, float* to);
 
 }  // namespace fiited

@@ -1,63 +1,63 @@
 #include <algorithm>
 #include <bit>
+#include <memory>
+#include <numeric>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "core/hash.h"
 #include "cpu/batch.h"
+#include "cpu/parallel.h"
 
 namespace fiited {
 
 namespace {
 
-// Open-addressing set of positions in an array of (key, table), at most half full.
+// Open-addressing set of keys, at most half full, that numbers them in the order of their first occurrence.
 class Seen {
  public:
-  explicit Seen(int64_t most) : slots_(std::bit_ceil(static_cast<uint64_t>(2 * most + 2)), -1), mask_(slots_.size() - 1) {}
+  // Empties the set and makes room for `most` keys.
+  void reset(int64_t most) {
+    const size_t size = std::bit_ceil(static_cast<uint64_t>(2 * most + 2));
+    if (slots_.size() < size) slots_.resize(size);
+    std::fill_n(slots_.begin(), size, Slot{0, 0});
+    mask_ = size - 1;
+  }
 
-  // Position of (key, table) in `out`, where it is appended if it is new.
-  int32_t put(uint64_t key, int32_t table, Deduped& out) {
-    for (uint64_t at = (key + static_cast<uint64_t>(table) * kGolden) & mask_;; at = (at + 1) & mask_) {
-      const int32_t position = slots_[at];
-      if (position < 0) {
-        slots_[at] = static_cast<int32_t>(out.unique);
-        out.keys[out.unique] = static_cast<int64_t>(key);
-        out.tables[out.unique] = table;
-        out.counts[out.unique] = 0;
-        return static_cast<int32_t>(out.unique++);
+  // The key's number; `next` where it is new.
+  int32_t put(uint64_t key, uint64_t hash, int32_t next) {
+    for (uint64_t at = hash & mask_;; at = (at + 1) & mask_) {
+      Slot& slot = slots_[at];
+      if (slot.number == 0) {
+        slot = {key, next + 1};
+        return next;
       }
-      if (static_cast<uint64_t>(out.keys[position]) == key && out.tables[position] == table) return position;
+      if (slot.key == key) return slot.number - 1;
     }
   }
 
  private:
-  std::vector<int32_t> slots_;
-  uint64_t mask_;
+  struct Slot {
+    uint64_t key;
+    int32_t number;  // plus one; 0: free
+  };
+  std::vector<Slot> slots_;
+  uint64_t mask_ = 0;
 };
 
 void check_size(int64_t n) {
   if (n >= (int64_t{1} << 31)) throw std::runtime_error("more than 2^31 - 1 ids in one batch");
 }
 
-// Reorders the unique keys by owner, stably, and renumbers `inverse`.
-void group_by_owner(int64_t n, int workers, Deduped& out, int64_t* splits) {
-  std::fill(splits, splits + workers, 0);
-  for (int64_t u = 0; u < out.unique; ++u) ++splits[owner_of(static_cast<uint64_t>(out.keys[u]), workers)];
-  if (workers == 1) return;
-  std::vector<int64_t> next(workers, 0);
-  for (int r = 1; r < workers; ++r) next[r] = next[r - 1] + splits[r - 1];
-  std::vector<int32_t> place(out.unique);
-  for (int64_t u = 0; u < out.unique; ++u) place[u] = static_cast<int32_t>(next[owner_of(static_cast<uint64_t>(out.keys[u]), workers)]++);
-  const std::vector<int64_t> keys(out.keys, out.keys + out.unique);
-  const std::vector<int32_t> tables(out.tables, out.tables + out.unique);
-  const std::vector<int32_t> counts(out.counts, out.counts + out.unique);
-  for (int64_t u = 0; u < out.unique; ++u) {
-    out.keys[place[u]] = keys[u];
-    out.tables[place[u]] = tables[u];
-    out.counts[place[u]] = counts[u];
-  }
-  for (int64_t i = 0; i < n; ++i) out.inverse[i] = place[out.inverse[i]];
-}
+// What one table's lookups came to; `begin` is where its part of the scratch arrays begins.
+struct TablePart {
+  std::vector<int> features;
+  int64_t begin = 0;
+  int64_t lookups = 0;
+  int32_t unique = 0;
+  std::vector<int64_t> next;  // [workers] unique keys by owner; then where the next one goes
+};
 
 }  // namespace
 
@@ -65,30 +65,98 @@ void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* f
                Deduped& out, int64_t* splits) {
   const int64_t n = features ? feature_ends[features - 1] : 0;
   check_size(n);
-  Seen seen(n);
-  out.unique = 0;
-  int64_t i = 0;
+  const auto first_of = [&](int feature) { return feature ? feature_ends[feature - 1] : 0; };
+  std::vector<TablePart> parts(features ? *std::max_element(feature_tables, feature_tables + features) + 1 : 0);
   for (int feature = 0; feature < features; ++feature) {
-    const int32_t table = feature_tables[feature];
-    const TableSalt salt = table_salt(seed, static_cast<uint32_t>(table));
-    for (; i < feature_ends[feature]; ++i) {
-      const int32_t position = seen.put(key_of(static_cast<uint64_t>(ids[i]), salt), table, out);
-      ++out.counts[position];
-      out.inverse[i] = position;
-    }
+    TablePart& part = parts[feature_tables[feature]];
+    part.features.push_back(feature);
+    part.lookups += feature_ends[feature] - first_of(feature);
   }
-  group_by_owner(n, workers, out, splits);
+  for (size_t table = 1; table < parts.size(); ++table) parts[table].begin = parts[table - 1].begin + parts[table - 1].lookups;
+
+  // Each table by itself: numbers within the table in `inverse`, its keys and counts in the scratch arrays.
+  const std::unique_ptr<uint64_t[]> keys(new uint64_t[n]);
+  const std::unique_ptr<int32_t[]> counts(new int32_t[n]);
+  for_each_task(static_cast<int64_t>(parts.size()), [&](int64_t table) {
+    static thread_local Seen seen;
+    TablePart& part = parts[table];
+    part.next.assign(workers, 0);
+    if (part.lookups == 0) return;
+    seen.reset(part.lookups);
+    const TableSalt salt = table_salt(seed, static_cast<uint32_t>(table));
+    uint64_t* found = keys.get() + part.begin;
+    int32_t* count = counts.get() + part.begin;
+    for (const int feature : part.features) {
+      for (int64_t i = first_of(feature); i < feature_ends[feature]; ++i) {
+        const uint64_t key = key_of(static_cast<uint64_t>(ids[i]), salt);
+        const int32_t number = seen.put(key, key, part.unique);
+        if (number == part.unique) {
+          found[number] = key;
+          count[number] = 0;
+          ++part.next[owner_of(key, workers)];
+          ++part.unique;
+        }
+        ++count[number];
+        out.inverse[i] = number;
+      }
+    }
+  });
+
+  out.unique = 0;
+  for (int worker = 0; worker < workers; ++worker) {
+    const int64_t begin = out.unique;
+    for (TablePart& part : parts) out.unique += std::exchange(part.next[worker], out.unique);
+    splits[worker] = out.unique - begin;
+  }
+
+  // Then to their places, owner by owner and table by table.
+  for_each_task(static_cast<int64_t>(parts.size()), [&](int64_t table) {
+    TablePart& part = parts[table];
+    uint64_t* found = keys.get() + part.begin;
+    int32_t* count = counts.get() + part.begin;
+    for (int32_t number = 0; number < part.unique; ++number) {
+      const auto place = static_cast<int32_t>(part.next[owner_of(found[number], workers)]++);
+      out.keys[place] = static_cast<int64_t>(found[number]);
+      out.tables[place] = static_cast<int32_t>(table);
+      out.counts[place] = std::exchange(count[number], place);
+    }
+    for (const int feature : part.features) {
+      for (int64_t i = first_of(feature); i < feature_ends[feature]; ++i) out.inverse[i] = count[out.inverse[i]];
+    }
+  });
 }
 
 void dedup_keys(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, Deduped& out) {
   check_size(n);
-  Seen seen(n);
+  // Keys of different tables may be equal: the set holds a mix of both, which is a bijection for each table, and the rest is compared.
+  static thread_local Seen seen;
+  seen.reset(n);
   out.unique = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t position = seen.put(static_cast<uint64_t>(keys[i]), tables[i], out);
-    out.counts[position] += counts[i];
-    out.inverse[i] = position;
+    const auto key = static_cast<uint64_t>(keys[i]);
+    for (uint64_t hash = key + static_cast<uint64_t>(tables[i]) * kGolden;; hash += kGolden) {
+      const auto next = static_cast<int32_t>(out.unique);
+      const int32_t number = seen.put(hash, hash, next);
+      if (number == next) {
+        out.keys[number] = keys[i];
+        out.tables[number] = tables[i];
+        out.counts[number] = 0;
+        ++out.unique;
+      } else if (out.keys[number] != keys[i] || out.tables[number] != tables[i]) {
+        continue;  // two pairs with one mix: the second one takes the next word
+      }
+      out.counts[number] += counts[i];
+      out.inverse[i] = number;
+      break;
+    }
   }
+}
+
+Groups::Groups(int64_t n, const int32_t* inverse, int64_t rows) : starts(rows + 2, 0), members(n) {
+  for (int64_t i = 0; i < n; ++i) ++starts[inverse[i] + 2];
+  std::partial_sum(starts.begin(), starts.end(), starts.begin());
+  for (int64_t i = 0; i < n; ++i) members[starts[inverse[i] + 1]++] = static_cast<int32_t>(i);
+  starts.pop_back();
 }
 
 }  // namespace fiited

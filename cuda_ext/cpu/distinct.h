@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -14,11 +15,13 @@ class DistinctCounter {
  public:
   static constexpr int kRegisters = 1 << 12;
 
+  // May be called from several threads.
   void add(uint64_t key, uint32_t table) {
     const uint64_t word = mix64(key + kGolden * (table + 1));
-    uint8_t& reg = registers_[word & (kRegisters - 1)];
+    const std::atomic_ref<uint8_t> reg(registers_[word & (kRegisters - 1)]);
     const auto rank = static_cast<uint8_t>(std::countl_zero(word | kRegisters) + 1);
-    if (rank > reg) reg = rank;
+    for (uint8_t now = reg.load(std::memory_order_relaxed); now < rank && !reg.compare_exchange_weak(now, rank);) {
+    }
   }
 
   int64_t estimate() const {

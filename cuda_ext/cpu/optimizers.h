@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/numeric.h"
+#include "cpu/floats.h"
 #include "cpu/pools.h"
 
 namespace fiited {
@@ -24,28 +25,28 @@ inline void write(typename Store::Bits* to, int dim, float value, uint64_t key, 
 template <class Store, Optimizer kind>
 inline void apply(std::byte* vector, std::byte* state_bytes, const float* __restrict g, int n, float sum_of_squares, uint64_t key,
                   const StepConstants& c) {
-  auto* v = reinterpret_cast<typename Store::Bits*>(vector);
-  auto* state = reinterpret_cast<float*>(state_bytes);
+  auto* __restrict v = reinterpret_cast<typename Store::Bits*>(vector);
+  auto* __restrict state = reinterpret_cast<float*>(state_bytes);
   if constexpr (kind == Optimizer::kSgd) {
-    for (int i = 0; i < n; ++i) write<Store>(v, i, Store::to_float(v[i]) - c.lr * g[i], key, c.step);
+    for_each_dim(n, [&](int i) { write<Store>(v, i, Store::to_float(v[i]) - c.lr * g[i], key, c.step); });
   } else if constexpr (kind == Optimizer::kRowwiseAdagrad) {
     state[0] += sum_of_squares / static_cast<float>(n);
     const float rate = c.lr / (std::sqrt(state[0]) + c.eps);
-    for (int i = 0; i < n; ++i) write<Store>(v, i, Store::to_float(v[i]) - rate * g[i], key, c.step);
+    for_each_dim(n, [&](int i) { write<Store>(v, i, Store::to_float(v[i]) - rate * g[i], key, c.step); });
   } else if constexpr (kind == Optimizer::kAdagrad) {
-    for (int i = 0; i < n; ++i) {
+    for_each_dim(n, [&](int i) {
       state[i] += g[i] * g[i];
       write<Store>(v, i, Store::to_float(v[i]) - c.lr * g[i] / (std::sqrt(state[i]) + c.eps), key, c.step);
-    }
+    });
   } else {
     float* __restrict m = state;
     float* __restrict s = state + n;
-    for (int i = 0; i < n; ++i) {
+    for_each_dim(n, [&](int i) {
       m[i] += (1.0f - c.beta1) * (g[i] - m[i]);
       s[i] += (1.0f - c.beta2) * (g[i] * g[i] - s[i]);
       const float change = c.lr * (m[i] / c.correction1) / (std::sqrt(s[i] / c.correction2) + c.eps);
       write<Store>(v, i, Store::to_float(v[i]) - change, key, c.step);
-    }
+    });
   }
 }
 

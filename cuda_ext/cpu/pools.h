@@ -1,6 +1,6 @@
-// The rows: one pool for each width, each a dense array cut into slabs. A row that leaves is replaced by the pool's last row,
-// so a pool has no holes: no free lists, no compaction, and free space in the last slab only. Growing adds a slab and copies
-// nothing; the last slab is given back when it empties.
+// The rows: one pool for each width, each a dense array in a region of its own. A row that leaves is replaced by the pool's
+// last row, so a pool has no holes: no free lists, no compaction, and free space in the last granule only. Growing takes a
+// granule and copies nothing; the last one is given back when it empties.
 //
 // Row:  key 8 | importance 4 | table 2 | spare 2 | vector width*chunk*value_bytes, padded to 4 | optimizer state
 #pragma once
@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cpu/index.h"
@@ -49,21 +50,17 @@ struct RowLayout {
 
 class Pools {
  public:
-  Pools(Memory& memory, RowLayout layout, int slab_rows_log2) : memory_(memory), layout_(layout), slab_log2_(slab_rows_log2) {
+  Pools(Memory& memory, RowLayout layout, size_t granule) : layout_(layout) {
     int width_bits = 0;
     while ((1 << width_bits) < layout.chunks) ++width_bits;
     position_bits_ = 32 - width_bits;
-    pools_.resize(layout.chunks);
-    for (int width = 1; width <= layout.chunks; ++width) pools_[width - 1].stride = layout.stride(width);
-  }
-  ~Pools() {
-    for (Pool& pool : pools_) {
-      for (uint32_t slab = 0; slab < pool.slab_count; ++slab) memory_.give(pool.slabs[slab], slab_bytes(pool));
-      memory_.give(pool.slabs, pool.slab_room * sizeof(std::byte*));
+    for (int width = 1; width <= layout.chunks; ++width) {
+      const auto stride = static_cast<size_t>(layout.stride(width));
+      const size_t most = std::min((size_t{1} << position_bits_) * stride, Region::physical_bytes());
+      regions_.push_back(std::make_unique<Region>(memory, most, granule));
+      pools_.push_back({regions_.back()->begin(), static_cast<uint32_t>(stride), 0});
     }
   }
-  Pools(const Pools&) = delete;
-  Pools& operator=(const Pools&) = delete;
 
   // Whether a row stands at this address now.
   bool holds(uint32_t address) const {
@@ -74,41 +71,37 @@ class Pools {
 
   std::byte* row(uint32_t address) const {
     const Pool& pool = pools_[uint64_t{address} >> position_bits_];
-    const uint32_t position = address & position_mask();
-    return pool.slabs[position >> slab_log2_] + size_t{position & ((1u << slab_log2_) - 1)} * pool.stride;
+    return pool.rows + size_t{address & position_mask()} * pool.stride;
   }
   RowHeader& header(uint32_t address) const { return *reinterpret_cast<RowHeader*>(row(address)); }
 
   void prefetch_header(uint32_t address) const { __builtin_prefetch(row(address)); }
   void prefetch_row(uint32_t address) const {
     const std::byte* at = row(address);
-    const std::byte* end = at + pools_[uint64_t{address} >> position_bits_].stride;
-    for (; at < end; at += 64) __builtin_prefetch(at);
-    __builtin_prefetch(end - 1);
+    const std::byte* last = at + pools_[uint64_t{address} >> position_bits_].stride - 1;
+    for (; at < last; at += 64) __builtin_prefetch(at);
+    __builtin_prefetch(last);
   }
 
   // Address of a new row of this width, contents undefined; kAbsent when there is no memory.
   uint32_t append(int width) {
     Pool& pool = pools_[width - 1];
-    if (pool.count == (uint64_t{pool.slab_count} << slab_log2_)) {
-      if (pool.count >= position_mask() || !make_room(pool)) return kAbsent;
-      auto* slab = static_cast<std::byte*>(memory_.take(slab_bytes(pool)));
-      if (slab == nullptr) return kAbsent;
-      pool.slabs[pool.slab_count++] = slab;
+    Region& region = *regions_[width - 1];
+    if (pool.count >= position_mask()) return kAbsent;
+    while ((size_t{pool.count} + 1) * pool.stride > region.taken()) {
+      if (!region.grow()) return kAbsent;
     }
-    return (uint64_t{static_cast<uint32_t>(width - 1)} << position_bits_) | pool.count++;
+    return address_of(width, pool.count++);
   }
 
   // Takes a row out; the pool's last row moves into its place. Returns the address that moved, or kAbsent if it was the last.
   uint32_t remove(uint32_t address) {
-    const uint32_t number = static_cast<uint32_t>(uint64_t{address} >> position_bits_);
-    Pool& pool = pools_[number];
-    const uint32_t last = static_cast<uint32_t>(uint64_t{number} << position_bits_) | (pool.count - 1);
+    const int width = this->width(address);
+    Pool& pool = pools_[width - 1];
+    const uint32_t last = address_of(width, pool.count - 1);
     if (last != address) std::memcpy(row(address), row(last), pool.stride);
     --pool.count;
-    if ((pool.count & ((1u << slab_log2_) - 1)) == 0) {
-      memory_.give(pool.slabs[--pool.slab_count], slab_bytes(pool));
-    }
+    regions_[width - 1]->shrink(size_t{pool.count} * pool.stride);
     return last == address ? kAbsent : last;
   }
 
@@ -117,49 +110,22 @@ class Pools {
     return static_cast<uint32_t>(uint64_t{static_cast<uint32_t>(width - 1)} << position_bits_) | position;
   }
 
-  // Bytes of partly filled slabs at worst: one for each width, and one more while a row moves between pools.
-  static int64_t partial_slab_bytes(const RowLayout& layout, int slab_rows_log2) {
-    const auto slab = [&](int width) {
-      return static_cast<int64_t>(Memory::rounded((size_t{1} << slab_rows_log2) * layout.stride(width)));
-    };
-    int64_t bytes = slab(layout.chunks);
-    for (int width = 1; width <= layout.chunks; ++width) bytes += slab(width);
-    return bytes;
+  // Bytes of partly filled granules at worst: one for each width, one more while a row moves between pools, and that row.
+  static int64_t partial_bytes(const RowLayout& layout, size_t granule) {
+    return (layout.chunks + 1) * static_cast<int64_t>(granule) + layout.stride(layout.chunks);
   }
-  // Bytes of slab pointers at most while rows take no more than `bytes`, one directory's growing included.
-  static int64_t directory_bytes(const RowLayout& layout, int slab_rows_log2, int64_t bytes) {
-    const int64_t slabs = bytes / ((int64_t{1} << slab_rows_log2) * layout.stride(1)) + 1;
-    return slabs * static_cast<int64_t>(sizeof(std::byte*)) * 17 / 8 + layout.chunks * 2 * 64;
-  }
-  const RowLayout& layout() const { return layout_; }
 
  private:
   struct Pool {
-    std::byte** slabs = nullptr;
-    uint32_t slab_count = 0;
-    uint32_t slab_room = 0;
-    uint32_t count = 0;
-    int stride = 0;
+    std::byte* rows;
+    uint32_t stride;
+    uint32_t count;
   };
   uint32_t position_mask() const { return static_cast<uint32_t>((uint64_t{1} << position_bits_) - 1); }
-  // Room for one more slab pointer; the directory grows by an eighth.
-  bool make_room(Pool& pool) {
-    if (pool.slab_count < pool.slab_room) return true;
-    const uint32_t room = (pool.slab_room + pool.slab_room / 8 + 8) & ~7u;
-    auto* fresh = static_cast<std::byte**>(memory_.take(room * sizeof(std::byte*)));
-    if (fresh == nullptr) return false;
-    std::copy_n(pool.slabs, pool.slab_count, fresh);
-    memory_.give(pool.slabs, pool.slab_room * sizeof(std::byte*));
-    pool.slabs = fresh;
-    pool.slab_room = room;
-    return true;
-  }
-  size_t slab_bytes(const Pool& pool) const { return (size_t{1} << slab_log2_) * pool.stride; }
 
-  Memory& memory_;
   RowLayout layout_;
-  int slab_log2_;
   int position_bits_;
+  std::vector<std::unique_ptr<Region>> regions_;
   std::vector<Pool> pools_;
 };
 

@@ -1,9 +1,12 @@
 #include "cpu/shard.h"
 
 #include <algorithm>
+#include <atomic>
+#include <bit>
 #include <cmath>
 #include <numeric>
 
+#include "cpu/bags.h"
 #include "cpu/distinct.h"
 #include "cpu/optimizers.h"
 
@@ -11,7 +14,9 @@ namespace fiited {
 
 namespace {
 
-constexpr int kBlock = 32;    // keys probed together, so that their cache misses overlap
+constexpr int kBlock = 32;             // keys probed together, so that their cache misses overlap
+constexpr int64_t kKeysPerTask = 2048;
+constexpr int64_t kRowsAhead = 12;     // rows fetched while those before are updated
 constexpr int kLowerAt = 16;  // octaves of decay after which all importances are scaled down
 constexpr uint64_t kAllKeys = 1ull << 32;
 
@@ -28,7 +33,7 @@ class ShardOf final : public Shard {
       : Shard(config),
         layout_(config.layout()),
         index_(memory_, config.partitions_log2()),
-        pools_(memory_, layout_, config.slab_rows_log2()),
+        pools_(memory_, layout_, config.granule()),
         cells_(static_cast<uint32_t*>(memory_.take(sketch_bytes(config)))),
         sketch_(cells_, config.first_bucket, config.sketch_sets),
         rows_by_(static_cast<size_t>(config.tables) * config.chunks, 0) {
@@ -46,72 +51,73 @@ class ShardOf final : public Shard {
     memory_.set_limit(bytes > 0 ? bytes - uncounted_bytes() : Memory::kUnlimited);
   }
 
-  int64_t lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step, uint64_t quota,
-                 uint32_t* addresses, uint8_t* widths, float* values) override {
-    const bool open = training && threshold_ == 0.0;
-    float* out = values;
-    uint32_t candidates[kBlock];
-    for (int64_t i = 0; i < std::min<int64_t>(n, kBlock); ++i) index_.prefetch(keys[i]);
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
-      const int size = static_cast<int>(std::min<int64_t>(kBlock, n - begin));
-      for (int i = 0; i < size; ++i) {
-        candidates[i] = index_.candidate(keys[begin + i]);
-        if (candidates[i] == kAbsent) continue;
-        if (values) {
-          pools_.prefetch_row(candidates[i]);
-        } else {
-          pools_.prefetch_header(candidates[i]);
+  void lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step, uint64_t quota,
+              uint32_t* addresses, uint8_t* widths) override {
+    std::atomic<int64_t> lookups{0};
+    std::atomic<int64_t> hits{0};
+    for_each_range(n, kKeysPerTask, [&](int64_t first, int64_t end) {
+      int64_t asked = 0;
+      int64_t found = 0;
+      uint32_t candidates[kBlock];
+      for (int64_t i = first; i < std::min(end, first + kBlock); ++i) index_.prefetch(keys[i]);
+      for (int64_t begin = first; begin < end; begin += kBlock) {
+        const int size = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
+        for (int i = 0; i < size; ++i) {
+          candidates[i] = index_.candidate(keys[begin + i]);
+          if (candidates[i] != kAbsent) pools_.prefetch_header(candidates[i]);
+        }
+        for (int64_t i = begin + size; i < std::min(end, begin + size + kBlock); ++i) index_.prefetch(keys[i]);
+        for (int64_t i = begin; i < begin + size; ++i) {
+          const auto key = static_cast<uint64_t>(keys[i]);
+          const auto table = static_cast<uint16_t>(tables[i]);
+          uint32_t address = candidates[i - begin];
+          if (address == kAbsent || !is_row(address, key, table)) address = find(key, table);
+          addresses[i] = address;
+          widths[i] = address == kAbsent ? 0 : static_cast<uint8_t>(pools_.width(address));
+          if (training) {
+            distinct_.add(key, table);
+            asked += counts[i];
+            if (address != kAbsent) found += counts[i];
+          }
         }
       }
-      for (int64_t i = begin + size; i < std::min<int64_t>(begin + size + kBlock, n); ++i) index_.prefetch(keys[i]);
-      for (int i = 0; i < size; ++i) {
-        const auto key = static_cast<uint64_t>(keys[begin + i]);
-        const auto table = static_cast<uint16_t>(tables[begin + i]);
-        uint32_t address = candidates[i];
-        if (address != kAbsent && !is_row(address, key, table)) address = kAbsent;
-        if (address == kAbsent) address = find(key, table);
-        if (training) {
-          distinct_.add(key, table);
-          lookups_ += counts[begin + i];
-          if (address != kAbsent) hits_ += counts[begin + i];
-        }
-        if (address == kAbsent && open) address = ask(key, table, layout_.chunks, 0.0f, step, quota);
-        const int width = address == kAbsent ? 0 : pools_.width(address);
-        addresses[begin + i] = address;
-        widths[begin + i] = static_cast<uint8_t>(width);
-        if (values) {
-          if (width) read_vector(pools_.row(address), width, out);
-          out += width * layout_.chunk;
-        }
-      }
+      lookups += asked;
+      hits += found;
+    });
+    lookups_ += lookups;
+    hits_ += hits;
+    if (!training || threshold_ != 0.0) return;
+    for (int64_t i = 0; i < n; ++i) {
+      if (addresses[i] != kAbsent) continue;
+      addresses[i] = ask(keys[i], static_cast<uint16_t>(tables[i]), layout_.chunks, 0.0f, step, quota);
+      if (addresses[i] != kAbsent) widths[i] = static_cast<uint8_t>(layout_.chunks);
     }
-    return out - values;
   }
 
-  void update(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const uint8_t* widths,
-              const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step, uint64_t quota) override {
-    quota_ = quota;
-    if (config_.importance == Importance::kLookupNormSum && lookup_norms == nullptr) {
-      throw std::runtime_error("importance lookup_norm_sum needs the lookups' gradient norms");
-    }
+  bool fits(uint32_t address, uint8_t width) const override {
+    return address == kAbsent ? width == 0 : pools_.holds(address) && pools_.width(address) == width;
+  }
+
+  void read(int64_t n, const int32_t* take, const uint32_t* addresses, const uint8_t* widths, float* values) const override {
+    const auto at = [&](int64_t i) { return take ? take[i] : i; };
     for (int64_t i = 0; i < n; ++i) {
-      const bool fits = addresses[i] == kAbsent ? widths[i] == 0
-                                                : pools_.holds(addresses[i]) && pools_.width(addresses[i]) == widths[i] &&
-                                                      is_row(addresses[i], keys[i], static_cast<uint16_t>(tables[i]));
-      if (!fits) {
-        throw std::runtime_error("update: row " + std::to_string(i) +
-                                 " was resized or moved since its lookup; look up again after a round");
-      }
+      if (i + kRowsAhead < n && addresses[at(i + kRowsAhead)] != kAbsent) pools_.prefetch_row(addresses[at(i + kRowsAhead)]);
+      const int live = widths[at(i)] * layout_.chunk;
+      if (live) read_vector(pools_.row(addresses[at(i)]), live, values);
+      values += live;
     }
-    advance(step);
-    switch (config_.optimizer) {
-      case Optimizer::kSgd: return update_rows<Optimizer::kSgd>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
-      case Optimizer::kAdagrad:
-        return update_rows<Optimizer::kAdagrad>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
-      case Optimizer::kRowwiseAdagrad:
-        return update_rows<Optimizer::kRowwiseAdagrad>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
-      case Optimizer::kAdam: return update_rows<Optimizer::kAdam>(n, keys, tables, addresses, counts, gradients, lookup_norms, lr, step);
-    }
+  }
+
+  void pool(const Bags& bags, const uint32_t* addresses, float* out) const override { pool_rows(bags, PoolRows{*this, addresses}, out); }
+
+  void update(const Update& rows, const float* gradients, int64_t arrivals, const int32_t* target) override {
+    start_update(rows);
+    update_rows(rows, WireGradients(gradients, rows.n, rows.widths, layout_.chunk, layout_.chunks, arrivals, target));
+  }
+
+  void update_pooled(const Update& rows, const Bags& bags, const float* grad_out) override {
+    start_update(rows);
+    update_rows(rows, BagGradients<float>(bags, grad_out, rows.n, true));
   }
 
   void histogram(int64_t* out) const override {
@@ -217,7 +223,7 @@ class ShardOf final : public Shard {
       rows.widths.push_back(static_cast<uint8_t>(width));
       rows.importance.push_back(header.importance * unscale_);
       rows.values.resize(rows.values.size() + width * layout_.chunk);
-      read_vector(pools_.row(address), width, rows.values.data() + rows.values.size() - width * layout_.chunk);
+      read_vector(pools_.row(address), width * layout_.chunk, rows.values.data() + rows.values.size() - width * layout_.chunk);
       const auto* state = reinterpret_cast<const float*>(pools_.row(address) + layout_.state_offset(width));
       rows.state.insert(rows.state.end(), state, state + layout_.state_bytes(width) / 4);
     }
@@ -288,10 +294,38 @@ class ShardOf final : public Shard {
     return index_.find(key, [&](uint32_t address) { return is_row(address, key, table); });
   }
 
-  void read_vector(const std::byte* row, int width, float* out) const {
-    const auto* vector = reinterpret_cast<const typename Store::Bits*>(row + sizeof(RowHeader));
-    for (int i = 0; i < width * layout_.chunk; ++i) out[i] = Store::to_float(vector[i]);
+  static const typename Store::Bits* vector_of(const std::byte* row) {
+    return reinterpret_cast<const typename Store::Bits*>(row + sizeof(RowHeader));
   }
+  static void read_vector(const std::byte* row, int live, float* out) {
+    const auto* vector = vector_of(row);
+    for_each_dim(live, [&](int i) { out[i] = Store::to_float(vector[i]); });
+  }
+
+  // The rows of a lookup, as pool_rows reads them.
+  struct PoolRows {
+    const ShardOf& shard;
+    const uint32_t* addresses;
+
+    void prefetch(int32_t row) const {
+      if (addresses[row] != kAbsent) shard.pools_.prefetch_row(addresses[row]);
+    }
+    int live(int32_t row) const { return addresses[row] == kAbsent ? 0 : shard.pools_.width(addresses[row]) * shard.layout_.chunk; }
+    void write(int32_t row, float factor, float* __restrict to) const {
+      const int live = this->live(row);
+      if (live) {
+        const auto* __restrict vector = vector_of(shard.pools_.row(addresses[row]));
+        for_each_dim(live, [&](int i) { to[i] = factor * Store::to_float(vector[i]); });
+      }
+      std::fill_n(to + live, shard.layout_.chunks * shard.layout_.chunk - live, 0.0f);
+    }
+    void add(int32_t row, float factor, float* __restrict to) const {
+      const int live = this->live(row);
+      if (live == 0) return;
+      const auto* __restrict vector = vector_of(shard.pools_.row(addresses[row]));
+      for_each_dim(live, [&](int i) { to[i] += factor * Store::to_float(vector[i]); });
+    }
+  };
 
   void initialise(std::byte* row, int width, int from_dim, uint64_t key, uint16_t table, double scale) {
     auto* vector = reinterpret_cast<typename Store::Bits*>(row + sizeof(RowHeader));
@@ -386,49 +420,99 @@ class ShardOf final : public Shard {
     }
   }
 
-  template <Optimizer kind>
-  void update_rows(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const int32_t* counts,
-                   const float* gradients, const float* lookup_norms, double lr, int64_t step) {
-    StepConstants constants{static_cast<float>(lr),
+  // Checks that the rows are where their lookup found them.
+  void start_update(const Update& rows) {
+    quota_ = rows.quota;
+    if (config_.importance == Importance::kLookupNormSum && rows.lookup_norms == nullptr) {
+      throw std::runtime_error("importance lookup_norm_sum needs the lookups' gradient norms");
+    }
+    advance(rows.step);
+  }
+
+  template <class Gradients>
+  void update_rows(const Update& rows, const Gradients& gradients) {
+    switch (config_.optimizer) {
+      case Optimizer::kSgd: return update_rows<Optimizer::kSgd>(rows, gradients);
+      case Optimizer::kAdagrad: return update_rows<Optimizer::kAdagrad>(rows, gradients);
+      case Optimizer::kRowwiseAdagrad: return update_rows<Optimizer::kRowwiseAdagrad>(rows, gradients);
+      case Optimizer::kAdam: return update_rows<Optimizer::kAdam>(rows, gradients);
+    }
+  }
+
+  template <Optimizer kind, class Gradients>
+  void update_rows(const Update& rows, const Gradients& gradients) {
+    StepConstants constants{0,
                             static_cast<float>(config_.eps),
                             static_cast<float>(config_.beta1),
                             static_cast<float>(config_.beta2),
-                            1,
-                            1,
-                            step};
-    if (kind == Optimizer::kAdam) {
-      constants.correction1 = static_cast<float>(1 - std::pow(config_.beta1, static_cast<double>(step)));
-      constants.correction2 = static_cast<float>(1 - std::pow(config_.beta2, static_cast<double>(step)));
-    }
-    for (int64_t i = 0; i < std::min<int64_t>(n, kBlock); ++i) prefetch_update(addresses[i], keys[i]);
+                            static_cast<float>(1 - std::pow(config_.beta1, static_cast<double>(rows.step))),
+                            static_cast<float>(1 - std::pow(config_.beta2, static_cast<double>(rows.step))),
+                            rows.step};
     std::vector<float> lr_of(layout_.chunks + 1);
     for (int width = 1; width <= layout_.chunks; ++width) {
-      lr_of[width] = static_cast<float>(lr * std::pow(static_cast<double>(layout_.chunks) / width, config_.narrow_lr_power));
+      lr_of[width] = static_cast<float>(rows.lr * std::pow(static_cast<double>(layout_.chunks) / width, config_.narrow_lr_power));
     }
-    const float* g = gradients;
-    for (int64_t i = 0; i < n; ++i) {
-      if (i + kBlock < n) prefetch_update(addresses[i + kBlock], keys[i + kBlock]);
-      const uint32_t address = addresses[i];
-      const auto key = static_cast<uint64_t>(keys[i]);
-      const int width = address == kAbsent ? 0 : pools_.width(address);
-      const int live = width * layout_.chunk;
-      const auto size = static_cast<int>(gradient_size(width, layout_.chunk, layout_.chunks));
-      const float live_squares = sum_of_squares(g, live);
-      const float squares = live_squares + sum_of_squares(g + live, size - live);
-      if (!std::isfinite(squares)) {
-        throw std::runtime_error("the gradient of table " + std::to_string(tables[i]) + ", id " +
-                                 std::to_string(static_cast<int64_t>(raw_id_of(key, salts_[tables[i]]))) + " is not finite");
-      }
-      const float gain = weight(counts[i], std::sqrt(squares), lookup_norms ? lookup_norms[i] : 0.0f) * scale_;
-      if (address != kAbsent) {
+    const std::unique_ptr<float[]> gains(new float[rows.n]);  // of importance, for the keys without a row
+    std::atomic<int64_t> moved{rows.n};                       // the first row that is not where it was
+    std::atomic<int64_t> infinite{rows.n};                    // the first row whose gradient is not finite
+    for_each_range(rows.n, kKeysPerTask, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch((layout_.chunks + 1) * layout_.chunk);
+      StepConstants mine = constants;
+      for (int64_t i = begin; i < end + kRowsAhead; ++i) {
+        if (i < end) {
+          gradients.prefetch(i);
+          if (rows.addresses[i] != kAbsent) pools_.prefetch_row(rows.addresses[i]);
+        }
+        const int64_t late = i - kRowsAhead;
+        if (late < begin) continue;
+        const uint32_t address = rows.addresses[late];
+        const auto key = static_cast<uint64_t>(rows.keys[late]);
+        const int width = rows.widths[late];
+        const int live = width * layout_.chunk;
+        if (!still_there(rows, late)) {
+          lower_to(moved, late);
+          continue;
+        }
+        const float* g = gradients.sum(late, width, scratch.data());
+        const float live_squares = sum_of_squares(live, g);
+        const float squares = width < layout_.chunks ? live_squares + sum_of_squares(layout_.chunk, g + live) : live_squares;
+        if (!std::isfinite(squares)) {
+          lower_to(infinite, late);
+          continue;
+        }
+        const float gain = weight(rows.counts[late], std::sqrt(squares), rows.lookup_norms ? rows.lookup_norms[late] : 0.0f) * scale_;
+        if (address == kAbsent) {
+          gains[late] = gain;
+          continue;
+        }
         std::byte* row = pools_.row(address);
         reinterpret_cast<RowHeader*>(row)->importance += gain;
-        constants.lr = lr_of[width];
-        apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live_squares, key, constants);
-      } else {
-        win_row(key, static_cast<uint16_t>(tables[i]), gain, step);
+        mine.lr = lr_of[width];
+        apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live_squares, key, mine);
       }
-      g += size;
+    });
+    if (moved < rows.n) {
+      throw std::runtime_error("update: row " + std::to_string(moved) + " was resized or moved since its lookup; look up again after a round");
+    }
+    if (infinite < rows.n) {
+      throw std::runtime_error("the gradient of table " + std::to_string(rows.tables[infinite]) + ", id " +
+                               std::to_string(static_cast<int64_t>(raw_id_of(rows.keys[infinite], salts_[rows.tables[infinite]]))) +
+                               " is not finite");
+    }
+    for (int64_t i = 0; i < rows.n; ++i) {
+      if (i + kRowsAhead < rows.n && rows.addresses[i + kRowsAhead] == kAbsent) sketch_.prefetch(rows.keys[i + kRowsAhead]);
+      if (rows.addresses[i] == kAbsent) win_row(rows.keys[i], static_cast<uint16_t>(rows.tables[i]), gains[i], rows.step);
+    }
+  }
+
+  bool still_there(const Update& rows, int64_t i) const {
+    const uint32_t address = rows.addresses[i];
+    return fits(address, rows.widths[i]) &&
+           (address == kAbsent || is_row(address, rows.keys[i], static_cast<uint16_t>(rows.tables[i])));
+  }
+
+  static void lower_to(std::atomic<int64_t>& least, int64_t value) {
+    for (int64_t now = least; value < now && !least.compare_exchange_weak(now, value);) {
     }
   }
 
@@ -437,25 +521,6 @@ class ShardOf final : public Shard {
     if (threshold_ == 0.0) return;  // rows are then given out at lookup
     const int width = width_of(estimate * unscale_ / static_cast<float>(config_.admission), cuts_.data(), layout_.chunks);
     if (width > 0 && ask(key, table, width, estimate, step, quota_) != kAbsent) sketch_.forget(key);
-  }
-
-  void prefetch_update(uint32_t address, uint64_t key) const {
-    if (address != kAbsent) {
-      pools_.prefetch_row(address);
-    } else {
-      sketch_.prefetch(key);
-    }
-  }
-
-  static float sum_of_squares(const float* x, int n) {
-    float lanes[8] = {};
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-      for (int lane = 0; lane < 8; ++lane) lanes[lane] += x[i + lane] * x[i + lane];
-    }
-    float sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-    for (; i < n; ++i) sum += x[i] * x[i];
-    return sum;
   }
 
   float weight(int32_t count, float norm, float lookup_norm) const {
@@ -521,15 +586,16 @@ int ShardConfig::partitions_log2() const {
   return log2;
 }
 
-int ShardConfig::slab_rows_log2() const {
-  int log2 = 5;
-  while (log2 < 12 && (!limit_bytes || (int64_t{2} << log2) * layout().stride(chunks) <= limit_bytes / 512)) ++log2;
-  return log2;
+// Free space in all pools together is at most a hundredth of the limit.
+size_t ShardConfig::granule() const {
+  if (limit_bytes == 0) return Region::kHuge;
+  const auto most = static_cast<uint64_t>(limit_bytes / (100 * (chunks + 1)));
+  return std::clamp<size_t>(std::bit_floor(most), Memory::kPage, Region::kHuge);
 }
 
 int64_t ShardConfig::fixed_bytes() const {
-  const int64_t structure = Index::fixed_bytes(partitions_log2()) + Pools::partial_slab_bytes(layout(), slab_rows_log2()) +
-                            Pools::directory_bytes(layout(), slab_rows_log2(), limit_bytes) + counter_bytes(*this);
+  const int64_t structure =
+      Index::fixed_bytes(partitions_log2()) + Pools::partial_bytes(layout(), granule()) + counter_bytes(*this);
   // A share of the limit, not what this shard's structure happens to need: the sum over shards is then the same for any number of them.
   return std::max(structure, limit_bytes / 40) + static_cast<int64_t>(Memory::rounded(sketch_bytes(*this)));
 }

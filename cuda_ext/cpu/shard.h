@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/numeric.h"
+#include "cpu/batch.h"
 #include "cpu/index.h"
 #include "cpu/memory.h"
 #include "cpu/pools.h"
@@ -43,16 +44,12 @@ struct ShardConfig {
 
   RowLayout layout() const { return {chunk, chunks, storage == Storage::kFloat32 ? 4 : 2, optimizer}; }
   int partitions_log2() const;
-  int slab_rows_log2() const;
+  size_t granule() const;
   uint32_t buckets() const { return end_bucket - first_bucket; }
   // Bytes the shard takes, at most, with no row in it; and for one row of a width, its part of the index included.
   int64_t fixed_bytes() const;
   int64_t row_bytes(int width) const { return layout().stride(width) + Index::kBytesPerRow; }
 };
-
-// Wire layout of a gradient at width w of k chunks: w*chunk values, and behind them, while w < k, the missing chunks folded
-// into one with fixed random signs (additive over workers; its norm estimates theirs, exactly when one chunk is missing).
-inline int64_t gradient_size(int width, int chunk, int chunks) { return static_cast<int64_t>(width < chunks ? width + 1 : chunks) * chunk; }
 
 struct ShardStats {
   int64_t payload, optimizer, index, sketch, slack, total;  // bytes; total is their sum
@@ -76,18 +73,39 @@ class Shard {
  public:
   virtual ~Shard() = default;
 
-  // Addresses (kAbsent if there is no row), widths and, if `values` is not null, vectors at their width one behind the other;
-  // returns their number of floats. While training and as long as the threshold is 0, absent keys whose hash falls below
-  // `quota` (of 2^32) get a row of full width if there is room.
-  virtual int64_t lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step,
-                         uint64_t quota, uint32_t* addresses, uint8_t* widths, float* values) = 0;
+  // Addresses (kAbsent if there is no row) and widths. While training and as long as the threshold is 0, absent keys whose hash
+  // falls below `quota` (of 2^32) get a row of full width if there is room.
+  virtual void lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step,
+                      uint64_t quota, uint32_t* addresses, uint8_t* widths) = 0;
 
-  // Importance and optimizer for the keys of one lookup. `gradients` in wire layout; `lookup_norms` may be null unless
-  // importance needs it. An absent key's importance goes to the sketch; once its estimate passes the cut it
-  // gets a row, if it is among the share `quota` and there is room.
-  virtual void update(int64_t n, const int64_t* keys, const int32_t* tables, const uint32_t* addresses, const uint8_t* widths,
-                      const int32_t* counts, const float* gradients, const float* lookup_norms, double lr, int64_t step,
-                      uint64_t quota) = 0;
+  // Whether a row of this width stands at the address now, or none where the address is kAbsent.
+  virtual bool fits(uint32_t address, uint8_t width) const = 0;
+
+  // The vectors of the rows take[0..n-1] of a lookup (or of its rows 0..n-1), at their width, one behind the other.
+  virtual void read(int64_t n, const int32_t* take, const uint32_t* addresses, const uint8_t* widths, float* values) const = 0;
+
+  // The vectors of a lookup's rows, pooled: out [batch, features, chunks * chunk].
+  virtual void pool(const Bags& bags, const uint32_t* addresses, float* out) const = 0;
+
+  // Importance and optimizer for the keys of one lookup. `lookup_norms` may be null unless importance needs it. An absent key's
+  // importance goes to the sketch; once its estimate passes the cut it gets a row, if it is among the share `quota` and there is
+  // room.
+  struct Update {
+    int64_t n;
+    const int64_t* keys;
+    const int32_t* tables;
+    const uint32_t* addresses;
+    const uint8_t* widths;
+    const int32_t* counts;
+    const float* lookup_norms;
+    double lr;
+    int64_t step;
+    uint64_t quota;
+  };
+  // Gradients in wire layout, `arrivals` of them, each for row target[i], or one for each row where `target` is null.
+  virtual void update(const Update& rows, const float* gradients, int64_t arrivals, const int32_t* target) = 0;
+  // The gradient of what `pool` gave: [batch, features, chunks * chunk].
+  virtual void update_pooled(const Update& rows, const Bags& bags, const float* grad_out) = 0;
 
   // rows and planned bytes by importance bin: [2 * kImportanceBins].
   virtual void histogram(int64_t* out) const = 0;

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fiited_ray.store import ops
 from fiited_ray.store.layout import ShardSpec
 from fiited_ray.store.shard import ALL_KEYS, Lookup, Rows
 
@@ -127,9 +128,8 @@ class ReferenceShard:
         training: bool,
         step: int = 0,
         quota: int = ALL_KEYS,
-        with_values: bool = True,
     ) -> Lookup:
-        widths, vectors = [], []
+        widths = []
         for key, table, count in self._ids(keys, tables, counts):
             row = self.rows.get((key, table))
             if training:
@@ -138,21 +138,34 @@ class ReferenceShard:
                 if row is None and self.threshold == 0:
                     row = self._ask(key, table, self.spec.chunks, F32(0), step, quota)
             widths.append(row.width if row else 0)
-            if row and with_values:
-                vectors.append(row.vector)
-        values = np.concatenate(vectors) if vectors else np.empty(0, F32)
-        return Lookup(
-            keys,
-            tables,
-            counts,
-            torch.empty(len(widths), dtype=torch.int32),
-            torch.tensor(widths, dtype=torch.uint8),
-            torch.from_numpy(values.copy()),
-        )
+        return Lookup(keys, tables, counts, torch.empty(len(widths), dtype=torch.int32), torch.tensor(widths, dtype=torch.uint8))
 
-    def update(self, found: Lookup, gradients: Tensor, lookup_norms: Tensor | None, lr: float, step: int, quota: int = ALL_KEYS) -> None:
+    def read(self, found: Lookup, take: Tensor | None = None) -> Tensor:
+        ids = self._ids(found.keys, found.tables, found.counts)
+        wanted = range(len(ids)) if take is None else take.tolist()
+        rows = [self.rows.get(ids[number][:2]) for number in wanted]
+        return _joined([row.vector for row in rows if row])
+
+    def pool(self, found: Lookup, bags: ops.Bags) -> Tensor:
+        return ops.pool(self.read(found), found.widths, bags)
+
+    def update_pooled(
+        self, found: Lookup, grad_pooled: Tensor, bags: ops.Bags, lookup_norms: Tensor | None, lr: float, step: int, quota: int = ALL_KEYS
+    ) -> None:
+        self.update(found, ops.wire_gradients(grad_pooled, found.widths, bags), lookup_norms, lr, step, quota)
+
+    def update(
+        self,
+        found: Lookup,
+        gradients: Tensor,
+        lookup_norms: Tensor | None,
+        lr: float,
+        step: int,
+        quota: int = ALL_KEYS,
+        target: Tensor | None = None,
+    ) -> None:
         self._advance(step)
-        flat, at = gradients.numpy(), 0
+        flat, at = self._summed(found, gradients, target).numpy(), 0
         for number, (key, table, count) in enumerate(self._ids(found.keys, found.tables, found.counts)):
             width = int(found.widths[number])
             live = width * self.spec.chunk
@@ -172,6 +185,16 @@ class ReferenceShard:
                 self._learn(row, gradient[:live], lr * (self.spec.chunks / width) ** self.spec.narrow_lr_power, step)
             else:
                 self._win_row(key, table, F32(gain), step, quota)
+
+    def _summed(self, found: Lookup, gradients: Tensor, target: Tensor | None) -> Tensor:
+        """The gradients that arrived for each row, summed."""
+        if target is None:
+            return gradients
+        sizes = ops.gradient_sizes(found.widths, self.spec.chunk, self.spec.chunks).tolist()
+        sums = [torch.zeros(size) for size in sizes]
+        for to, part in zip(target.tolist(), gradients.split([sizes[to] for to in target.tolist()]), strict=True):
+            sums[to] += part
+        return torch.cat([torch.empty(0), *sums])
 
     def histogram(self) -> Tensor:
         out = torch.zeros(2, 2048, dtype=torch.int64)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fiited_ray.store import _extension
 from fiited_ray.store.layout import ShardSpec
+from fiited_ray.store.ops import Bags
 
 ALL_KEYS = 1 << 32  # a quota of this many of 2**32 admits every key
 
@@ -35,7 +36,6 @@ class Lookup:
     counts: Tensor  # int32 [U]: lookups of the key in the global batch
     addresses: Tensor  # int32 [U]: valid until the next resize
     widths: Tensor  # uint8 [U]: chunks the row has now, 0 when there is none
-    values: Tensor  # float32 [sum of widths * c]: the vectors one behind the other
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ class VhpiShard:
         training: bool,
         step: int = 0,
         quota: int = ALL_KEYS,
-        with_values: bool = True,
     ) -> Lookup:
-        """Read the rows of U distinct keys; absent ones read as width 0.
+        """Find the rows of U distinct keys; absent ones have width 0.
 
         While training at threshold 0, absent keys get a row of full width as long as there is room; of those only a share of
         quota / 2**32, chosen by hash, is let in.
@@ -116,15 +115,46 @@ class VhpiShard:
         Args:
             keys: int64 [U]; tables: int32 [U]; counts: int32 [U], lookups of each key in the global batch.
         """
-        answer = self._ops.store_lookup(self._handle, keys, tables, counts, training, step, quota, with_values)
+        answer = self._ops.store_lookup(self._handle, keys, tables, counts, training, step, quota)
         return Lookup(keys, tables, counts, *answer)
 
-    def update(self, found: Lookup, gradients: Tensor, lookup_norms: Tensor | None, lr: float, step: int, quota: int = ALL_KEYS) -> None:
+    def read(self, found: Lookup, take: Tensor | None = None) -> Tensor:
+        """float32: the vectors of a lookup's rows, each width * c values, one behind the other; of rows `take` (int32 [M]) if given."""
+        return self._ops.store_read(self._handle, found.addresses, found.widths, take)
+
+    def pool(self, found: Lookup, bags: Bags) -> Tensor:
+        """float32 [B, F, D]: a lookup's rows, pooled. The same as `ops.pool` over what `read` gives, in one go."""
+        return self._ops.store_pool(
+            self._handle, found.addresses, found.widths, bags.inverse, bags.offsets, bags.weights, bags.features, bags.mean
+        )
+
+    def update_pooled(
+        self, found: Lookup, grad_pooled: Tensor, bags: Bags, lookup_norms: Tensor | None, lr: float, step: int, quota: int = ALL_KEYS
+    ) -> None:
+        """`update` with the gradient of what `pool` gave, float32 [B, F, D]: the same as taking it through `ops.wire_gradients`."""
+        self._ops.store_update_pooled(
+            self._handle,
+            *(found.keys, found.tables, found.addresses, found.widths, found.counts, grad_pooled),
+            *(bags.inverse, bags.offsets, bags.weights, bags.features, bags.mean),
+            *(lookup_norms, lr, step, quota),
+        )
+
+    def update(
+        self,
+        found: Lookup,
+        gradients: Tensor,
+        lookup_norms: Tensor | None,
+        lr: float,
+        step: int,
+        quota: int = ALL_KEYS,
+        target: Tensor | None = None,
+    ) -> None:
         """Add importance and take an optimizer step.
 
         Args:
             gradients: float32, in the order of the keys, each width * c values and, where width < k, c more: the missing
                 chunks folded into one.
+            target: int32 [M]: M such gradients came, each for this one of the U keys; they are summed.
             lookup_norms: float32 [U] sum of the lookups' gradient norms; needed by importance `lookup_norm_sum` only.
             quota: share, of 2**32, of the absent keys worth a row that may get one now.
 
@@ -132,7 +162,9 @@ class VhpiShard:
             RuntimeError: for a gradient that is not finite (naming table and id), or rows resized since their lookup.
         """
         self._ops.store_update(
-            self._handle, found.keys, found.tables, found.addresses, found.widths, found.counts, gradients, lookup_norms, lr, step, quota
+            self._handle,
+            *(found.keys, found.tables, found.addresses, found.widths, found.counts, gradients, target),
+            *(lookup_norms, lr, step, quota),
         )
 
     def histogram(self) -> Tensor:

@@ -62,8 +62,8 @@ def fold(gradient: Tensor, widths: Tensor, spec: ShardSpec) -> Tensor:
     return ops.wire_gradients(gradient.reshape(rows, 1, spec.dim).contiguous(), widths, bags)
 
 
-def padded(found: Lookup, spec: ShardSpec) -> Tensor:
+def padded(shard: VhpiShard | ReferenceShard, found: Lookup) -> Tensor:
     """Full-width vectors [U, D] of a lookup."""
     rows = len(found.widths)
-    bags = ops.Bags(torch.arange(rows, dtype=torch.int32), torch.arange(rows + 1), None, 1, False, spec.chunk, spec.chunks)
-    return ops.pool(found.values, found.widths, bags)[:, 0]
+    bags = ops.Bags(torch.arange(rows, dtype=torch.int32), torch.arange(rows + 1), None, 1, False, shard.spec.chunk, shard.spec.chunks)
+    return shard.pool(found, bags)[:, 0]

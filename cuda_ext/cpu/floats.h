@@ -1,0 +1,56 @@
+// Loops over a row's numbers, in groups of eight so that the compiler makes vector code of them. The result does not depend on the
+// vector width, so a run is the same on every machine.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fiited {
+
+// visit(i) for i in [0, n): eight at a time, then the rest.
+template <class Visit>
+inline void for_each_dim(int n, Visit&& visit) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) visit(i + lane);
+  }
+  for (; i < n; ++i) visit(i);
+}
+
+template <class Real>
+inline void copy(int n, const Real* __restrict from, Real* __restrict to) {
+  for_each_dim(n, [&](int i) { to[i] = from[i]; });
+}
+
+template <class Real>
+inline void add(int n, const Real* __restrict from, Real* __restrict to) {
+  for_each_dim(n, [&](int i) { to[i] += from[i]; });
+}
+
+template <class Real>
+inline void add_scaled(int n, Real factor, const Real* __restrict from, Real* __restrict to) {
+  for_each_dim(n, [&](int i) { to[i] += factor * from[i]; });
+}
+
+template <class Real>
+inline void add_signed(int n, const float* __restrict signs, const Real* __restrict from, Real* __restrict to) {
+  for_each_dim(n, [&](int i) { to[i] += static_cast<Real>(signs[i]) * from[i]; });
+}
+
+inline float sum_of_squares(int n, const float* x) {
+  float lanes[8] = {};
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) lanes[lane] += x[i + lane] * x[i + lane];
+  }
+  float sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+  for (; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
+inline void prefetch(const void* at, int64_t bytes) {
+  const auto* line = static_cast<const char*>(at);
+  for (const char* end = line + bytes; line < end; line += 64) __builtin_prefetch(line);
+}
+
+}  // namespace fiited

@@ -1,0 +1,114 @@
+"""The store's own pooled lookup and update: the same as the detour over rows outside it, on any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import make_spec, padded
+from torch import Tensor
+
+from fiited_ray.store import Rows, ShardSpec, VhpiShard, ops
+from fiited_ray.store.shard import Lookup
+
+FEATURES, BATCH = 2, 3000  # enough lookups for several tasks of each kernel
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def batch(seed: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, offsets and weights of bags of 0 to 3 lookups, with repeated ids."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 4, (FEATURES * BATCH,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = (torch.rand(int(offsets[-1]), generator=generator) ** 3 * 9000).long()
+    return ids, offsets, torch.rand(len(ids), generator=generator) if weighted else None
+
+
+def looked_up(shard: VhpiShard, seed: int, weighted: bool, mean: bool, step: int) -> tuple[Lookup, ops.Bags]:
+    ids, offsets, weights = batch(seed, weighted)
+    ends, tables = offsets[BATCH::BATCH].contiguous(), torch.tensor([0, 1], dtype=torch.int32)
+    local = ops.dedup_ids(ids, ends, tables, shard.spec.seed, 1)
+    found = shard.lookup(local.keys, local.tables, local.counts, training=True, step=step)
+    return found, ops.Bags(local.inverse, offsets, weights, FEATURES, mean, shard.spec.chunk, shard.spec.chunks)
+
+
+def trained(spec: ShardSpec, pooled: bool, weighted: bool = False, mean: bool = False) -> VhpiShard:
+    """Some steps, with rounds that leave rows of every width and absent ones."""
+    shard = VhpiShard(spec)
+    for step in range(1, 7):
+        found, bags = looked_up(shard, step, weighted, mean, step)
+        grad = torch.randn(BATCH, FEATURES, spec.dim, generator=torch.Generator().manual_seed(step))
+        norms = ops.lookup_norms(grad, len(found.keys), bags)
+        if pooled:
+            shard.update_pooled(found, grad, bags, norms, 0.1, step)
+        else:
+            shard.update(found, ops.wire_gradients(grad, found.widths, bags), norms, 0.1, step)
+        if step % 2 == 0:
+            shard.resize(4.0)
+        shard.check()
+    assert len(set(shard.export_rows().widths.tolist())) > 1
+    return shard
+
+
+def assert_equal(one: Rows, other: Rows) -> None:
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]), name
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("weighted", "mean"), [(False, False), (True, False), (False, True), (True, True)])
+def test_pooling_inside_equals_reading_and_pooling_outside(storage: str, weighted: bool, mean: bool) -> None:
+    shard = trained(make_spec(storage=storage), pooled=True)
+    found, bags = looked_up(shard, 9, weighted, mean, 9)
+    assert {0, shard.spec.chunks} < set(found.widths.tolist())
+    assert torch.equal(shard.pool(found, bags), ops.pool(shard.read(found), found.widths, bags))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+@pytest.mark.parametrize(("weighted", "mean"), [(False, False), (True, True)])
+def test_updating_from_pooled_gradients_equals_the_way_over_the_wire(optimizer: str, weighted: bool, mean: bool) -> None:
+    spec = make_spec(optimizer=optimizer)
+    assert_equal(trained(spec, True, weighted, mean).export_rows(), trained(spec, False, weighted, mean).export_rows())
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("budget", [None, 400_000])
+def test_the_number_of_threads_changes_nothing(pooled: bool, budget: int | None, four_threads: None) -> None:
+    spec = make_spec(budget, storage="bfloat16")
+    many = trained(spec, pooled)
+    torch.set_num_threads(1)
+    one = trained(spec, pooled)
+    assert_equal(many.export_rows(), one.export_rows())
+    assert many.stats() == one.stats()
+
+
+def test_rows_are_read_in_the_order_asked_for() -> None:
+    shard = trained(make_spec(), pooled=True)
+    found, _ = looked_up(shard, 9, False, False, 9)
+    take = torch.tensor([5, 0, 5, len(found.keys) - 1], dtype=torch.int32)
+    wide = padded(shard, found)
+    parts = shard.read(found, take).split([int(found.widths[row]) * shard.spec.chunk for row in take])
+    for row, part in zip(take.tolist(), parts, strict=True):
+        assert torch.equal(part, wide[row, : len(part)])
+
+
+@pytest.mark.parametrize("act", ["read", "pool", "update"])
+def test_a_lookup_from_before_a_round_is_refused(act: str) -> None:
+    shard = trained(make_spec(), pooled=True)
+    found, bags = looked_up(shard, 9, False, False, 9)
+    shard.resize(1e6)
+    with pytest.raises(RuntimeError, match="look up again after a round"):
+        if act == "read":
+            shard.read(found)
+        elif act == "pool":
+            shard.pool(found, bags)
+        else:
+            shard.update_pooled(found, torch.zeros(BATCH, FEATURES, shard.spec.dim), bags, None, 0.1, 10)
