@@ -24,9 +24,13 @@ using fiited::ShardConfig;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void require(bool holds, const std::string& message) {
-  if (!holds) throw std::runtime_error("fiited: " + message);
-}
+[[noreturn]] void fail(const std::string& message) { throw std::runtime_error("fiited: " + message); }
+
+// A macro, so that the message is put together only where it is needed.
+#define REQUIRE(holds, message)  \
+  do {                           \
+    if (!(holds)) fail(message); \
+  } while (false)
 
 Tensor make(int64_t size, ScalarType type) { return torch::stable::empty({size}, type); }
 
@@ -39,10 +43,10 @@ Tensor from_vector(const std::vector<T>& values, ScalarType type) {
 
 template <class T>
 const T* read(const Tensor& tensor, ScalarType type, const char* name, int64_t size) {
-  require(tensor.is_cpu(), std::string(name) + " must be on the CPU");
-  require(tensor.scalar_type() == type, std::string(name) + " has the wrong dtype");
-  require(tensor.is_contiguous(), std::string(name) + " must be contiguous");
-  require(size < 0 || tensor.numel() == size,
+  REQUIRE(tensor.is_cpu(), std::string(name) + " must be on the CPU");
+  REQUIRE(tensor.scalar_type() == type, std::string(name) + " has the wrong dtype");
+  REQUIRE(tensor.is_contiguous(), std::string(name) + " must be contiguous");
+  REQUIRE(size < 0 || tensor.numel() == size,
           std::string(name) + " must have " + std::to_string(size) + " elements, not " + std::to_string(tensor.numel()));
   return static_cast<const T*>(tensor.const_data_ptr());
 }
@@ -73,13 +77,13 @@ int64_t next_handle = 1;
 std::shared_ptr<Shard> shard_of(int64_t handle) {
   const std::lock_guard<std::mutex> lock(shards_mutex);
   const auto found = shards.find(handle);
-  require(found != shards.end(), "no shard has handle " + std::to_string(handle));
+  REQUIRE(found != shards.end(), "no shard has handle " + std::to_string(handle));
   return found->second;
 }
 
 // The order of these numbers is that of fiited_ray/store/layout.py.
 ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector<double>& floats) {
-  require(ints.size() == 11 && floats.size() >= 8, "a shard's configuration is 11 integers, 8 numbers and levels");
+  REQUIRE(ints.size() == 11 && floats.size() >= 8, "a shard's configuration is 11 integers, 8 numbers and levels");
   ShardConfig config;
   config.seed = static_cast<uint64_t>(ints[0]);
   config.chunk = static_cast<int>(ints[1]);
@@ -101,12 +105,12 @@ ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector<double
   config.narrow_lr_power = floats[6];
   config.admission = floats[7];
   config.levels.assign(floats.begin() + 8, floats.end());
-  require(config.chunk > 0 && config.chunks > 0 && config.chunks <= 64, "chunk and chunks must be positive, chunks at most 64");
-  require(static_cast<int>(config.levels.size()) == config.chunks, "one level for each chunk is wanted");
-  require(config.tables > 0 && config.tables <= 65536, "there must be 1 to 65536 tables");
-  require(config.first_bucket < config.end_bucket && config.end_bucket <= fiited::kBuckets, "bucket range out of order");
-  require(config.sketch_sets > 0, "the sketch needs one set for each bucket");
-  require(config.limit_bytes >= 0, "limit_bytes must not be negative");
+  REQUIRE(config.chunk > 0 && config.chunks > 0 && config.chunks <= 64, "chunk and chunks must be positive, chunks at most 64");
+  REQUIRE(static_cast<int>(config.levels.size()) == config.chunks, "one level for each chunk is wanted");
+  REQUIRE(config.tables > 0 && config.tables <= 65536, "there must be 1 to 65536 tables");
+  REQUIRE(config.first_bucket < config.end_bucket && config.end_bucket <= fiited::kBuckets, "bucket range out of order");
+  REQUIRE(config.sketch_sets > 0, "the sketch needs one set for each bucket");
+  REQUIRE(config.limit_bytes >= 0, "limit_bytes must not be negative");
   return config;
 }
 
@@ -133,9 +137,9 @@ Tensor store_plan(std::vector<int64_t> ints, std::vector<double> floats) {
 void check_keys(const ShardConfig& config, const int64_t* keys, const int32_t* tables, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bucket = fiited::bucket_of(static_cast<uint64_t>(keys[i]));
-    require(bucket >= config.first_bucket && bucket < config.end_bucket,
+    REQUIRE(bucket >= config.first_bucket && bucket < config.end_bucket,
             "key " + std::to_string(i) + " belongs to another shard (bucket " + std::to_string(bucket) + ")");
-    require(tables[i] >= 0 && tables[i] < config.tables,
+    REQUIRE(tables[i] >= 0 && tables[i] < config.tables,
             "table " + std::to_string(tables[i]) + " of key " + std::to_string(i) + " does not exist");
   }
 }
@@ -162,7 +166,8 @@ const uint32_t* read_addresses(const Tensor& addresses, int64_t n) {
 // The rows of a lookup must still be there: reading them follows their addresses.
 void check_addresses(const Shard& shard, const uint32_t* addresses, const uint8_t* widths, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    require(shard.fits(addresses[i], widths[i]), "row " + std::to_string(i) + " was resized or moved since its lookup; look up again after a round");
+    REQUIRE(shard.fits(addresses[i], widths[i]),
+            "row " + std::to_string(i) + " was resized or moved since its lookup; look up again after a round");
   }
 }
 
@@ -176,7 +181,7 @@ Tensor store_read(int64_t handle, Tensor addresses, Tensor widths, std::optional
   const auto* take_data = take ? read<int32_t>(*take, ScalarType::Int, "take", n) : nullptr;
   int64_t chunks = 0;
   for (int64_t i = 0; i < n; ++i) {
-    require(!take || (take_data[i] >= 0 && take_data[i] < rows), "take " + std::to_string(i) + " is out of range");
+    REQUIRE(!take || (take_data[i] >= 0 && take_data[i] < rows), "take " + std::to_string(i) + " is out of range");
     chunks += widths_data[take ? take_data[i] : i];
   }
   Tensor values = make(chunks * shard->config().chunk, ScalarType::Float);
@@ -191,7 +196,7 @@ Tensor store_histogram(int64_t handle) {
 }
 
 int64_t store_shrink(int64_t handle, double threshold) {
-  require(threshold >= 0, "the threshold must not be negative");
+  REQUIRE(threshold >= 0, "the threshold must not be negative");
   return shard_of(handle)->shrink(threshold);
 }
 
@@ -237,11 +242,11 @@ void store_import(int64_t handle, Tensor raw_ids, Tensor tables, Tensor widths, 
   int64_t value_count = 0;
   int64_t state_count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    require(rows.tables[i] >= 0 && rows.tables[i] < config.tables,
+    REQUIRE(rows.tables[i] >= 0 && rows.tables[i] < config.tables,
             "import: row " + std::to_string(i) + " names table " + std::to_string(rows.tables[i]));
-    require(rows.widths[i] > 0 && rows.widths[i] <= config.chunks,
+    REQUIRE(rows.widths[i] > 0 && rows.widths[i] <= config.chunks,
             "import: row " + std::to_string(i) + " has width " + std::to_string(rows.widths[i]));
-    require(rows.importance[i] >= 0 && rows.importance[i] < 3e38f,
+    REQUIRE(rows.importance[i] >= 0 && rows.importance[i] < 3e38f,
             "import: the importance of row " + std::to_string(i) + " is not a number >= 0");
     value_count += rows.widths[i] * config.chunk;
     state_count += config.layout().state_bytes(rows.widths[i]) / 4;
@@ -259,10 +264,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dedup_ids(Tensor ids, Tensor 
   const int64_t features = feature_ends.numel();
   const auto* ends = read<int64_t>(feature_ends, ScalarType::Long, "feature_ends", features);
   for (int64_t f = 0; f < features; ++f) {
-    require(ends[f] >= (f ? ends[f - 1] : 0), "feature_ends falls at feature " + std::to_string(f));
+    REQUIRE(ends[f] >= (f ? ends[f - 1] : 0), "feature_ends falls at feature " + std::to_string(f));
   }
-  require((features ? ends[features - 1] : 0) == n, "feature_ends must end at the number of ids");
-  require(workers > 0 && workers <= fiited::kBuckets, "there must be 1 to 1024 workers");
+  REQUIRE((features ? ends[features - 1] : 0) == n, "feature_ends must end at the number of ids");
+  REQUIRE(workers > 0 && workers <= fiited::kBuckets, "there must be 1 to 1024 workers");
   Tensor keys = make(n, ScalarType::Long);
   Tensor tables = make(n, ScalarType::Int);
   Tensor counts = make(n, ScalarType::Int);
@@ -295,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dedup_keys(Tensor keys, Tensor tables
 std::vector<int64_t> starts_of(const uint8_t* widths, int64_t rows, int64_t chunk, int64_t chunks, bool wire) {
   std::vector<int64_t> starts(rows + 1, 0);
   for (int64_t i = 0; i < rows; ++i) {
-    require(widths[i] <= chunks, "width " + std::to_string(widths[i]) + " of row " + std::to_string(i) + " is more than all chunks");
+    REQUIRE(widths[i] <= chunks, "width " + std::to_string(widths[i]) + " of row " + std::to_string(i) + " is more than all chunks");
     starts[i + 1] =
         starts[i] + (wire ? fiited::gradient_size(widths[i], static_cast<int>(chunk), static_cast<int>(chunks)) : widths[i] * chunk);
   }
@@ -304,7 +309,7 @@ std::vector<int64_t> starts_of(const uint8_t* widths, int64_t rows, int64_t chun
 
 fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights, ScalarType real, int64_t features,
                      bool mean, int64_t chunk, int64_t chunks, int64_t rows) {
-  require(features > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
+  REQUIRE(features > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
   const int64_t n = inverse.numel();
   fiited::Bags bags{features,
                     (offsets.numel() - 1) / features,
@@ -315,13 +320,13 @@ fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::op
                     static_cast<int>(chunk),
                     static_cast<int>(chunks)};
   const int64_t last = features * bags.batch;
-  require(bags.offsets[0] == 0 && bags.offsets[last] == n, "offsets must begin at 0 and end at the number of lookups");
+  REQUIRE(bags.offsets[0] == 0 && bags.offsets[last] == n, "offsets must begin at 0 and end at the number of lookups");
   for (int64_t i = 0; i < last; ++i) {
-    require(bags.offsets[i] <= bags.offsets[i + 1], "offsets fall at feature " + std::to_string(i / std::max<int64_t>(bags.batch, 1)) +
+    REQUIRE(bags.offsets[i] <= bags.offsets[i + 1], "offsets fall at feature " + std::to_string(i / std::max<int64_t>(bags.batch, 1)) +
                                                         ", position " + std::to_string(i % std::max<int64_t>(bags.batch, 1)));
   }
   for (int64_t i = 0; i < n; ++i)
-    require(bags.inverse[i] >= 0 && bags.inverse[i] < rows, "lookup " + std::to_string(i) + " names a row that is not there");
+    REQUIRE(bags.inverse[i] >= 0 && bags.inverse[i] < rows, "lookup " + std::to_string(i) + " names a row that is not there");
   if (weights)
     bags.weights = real == ScalarType::Double ? static_cast<const void*>(read<double>(*weights, real, "weights", n))
                                               : read<float>(*weights, real, "weights", n);
@@ -329,7 +334,7 @@ fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::op
 }
 
 ScalarType real_type(const Tensor& tensor, const char* name) {
-  require(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double,
+  REQUIRE(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double,
           std::string(name) + " must be float32 or float64");
   return tensor.scalar_type();
 }
@@ -438,9 +443,9 @@ void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, 
   const auto* target_data = target ? read<int32_t>(*target, ScalarType::Int, "target", arrivals) : nullptr;
   int64_t size = 0;
   for (int64_t i = 0; i < arrivals; ++i) {
-    require(!target || (target_data[i] >= 0 && target_data[i] < rows.n), "target " + std::to_string(i) + " is out of range");
+    REQUIRE(!target || (target_data[i] >= 0 && target_data[i] < rows.n), "target " + std::to_string(i) + " is out of range");
     const uint8_t width = rows.widths[target ? target_data[i] : i];
-    require(width <= config.chunks, "width " + std::to_string(width) + " is more than all chunks");
+    REQUIRE(width <= config.chunks, "width " + std::to_string(width) + " is more than all chunks");
     size += fiited::gradient_size(width, config.chunk, config.chunks);
   }
   shard->update(rows, read<float>(gradients, ScalarType::Float, "gradients", size), arrivals, target_data);
@@ -460,11 +465,11 @@ void store_update_pooled(int64_t handle, Tensor keys, Tensor tables, Tensor addr
 
 Tensor hash_strings(Tensor offsets, Tensor bytes) {
   const int64_t n = offsets.numel() - 1;
-  require(n >= 0, "offsets must have at least one element");
+  REQUIRE(n >= 0, "offsets must have at least one element");
   const auto* ends = read<int64_t>(offsets, ScalarType::Long, "offsets", -1);
   const auto* data = read<uint8_t>(bytes, ScalarType::Byte, "bytes", -1);
-  for (int64_t i = 0; i < n; ++i) require(ends[i] <= ends[i + 1], "string offsets fall at " + std::to_string(i));
-  require(ends[0] >= 0 && ends[n] <= bytes.numel(), "string offsets pass the end of the bytes");
+  for (int64_t i = 0; i < n; ++i) REQUIRE(ends[i] <= ends[i + 1], "string offsets fall at " + std::to_string(i));
+  REQUIRE(ends[0] >= 0 && ends[n] <= bytes.numel(), "string offsets pass the end of the bytes");
   Tensor out = make(n, ScalarType::Long);
   fiited::hash_strings(n, ends, data, static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
@@ -486,11 +491,11 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("store_create(int[] ints, float[] floats) -> int");
   m.def("store_destroy(int handle) -> ()");
   m.def("store_plan(int[] ints, float[] floats) -> Tensor");
-  m.def(
-      "store_lookup(int handle, Tensor keys, Tensor tables, Tensor counts, bool training, int step, int quota) -> (Tensor, Tensor)");
+  m.def("store_lookup(int handle, Tensor keys, Tensor tables, Tensor counts, bool training, int step, int quota) -> (Tensor, Tensor)");
   m.def("store_read(int handle, Tensor addresses, Tensor widths, Tensor? take) -> Tensor");
   m.def(
-      "store_pool(int handle, Tensor addresses, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean) -> "
+      "store_pool(int handle, Tensor addresses, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean) "
+      "-> "
       "Tensor");
   m.def(
       "store_update(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients, Tensor? "

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "core/numeric.h"
@@ -12,42 +13,64 @@
 
 namespace fiited {
 
-constexpr int64_t kBatchRowsPerTask = 64;
-constexpr int64_t kLookupsInFlight = 32;  // whose rows are fetched while those before are read
+constexpr int64_t kTileRows = 64;  // batch rows that are pooled together
 
-// `rows` offers prefetch(u), write(u, factor, to) and add(u, factor, to): row u, padded with zeros, times a factor into `to`.
-template <class Real, class Rows>
-void pool_rows(const Bags& bags, const Rows& rows, Real* out) {
+// A row's live dimensions in storage type, to be read as floats.
+template <class Store>
+struct StoredVector {
+  const typename Store::Bits* at;
+  int live;
+};
+
+// Pools the rows that `vector_of(u)` finds, missing dimensions as zero: out [batch, features, dim].
+//
+// A batch holds lookups feature by feature, the result has the features of a batch row side by side. Lookups are put into that order
+// a tile of batch rows at a time: reading them across features one by one would jump by the batch size, which caches handle badly.
+template <class Real, class Store, class VectorOf>
+void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
   const auto* weights = static_cast<const Real*>(bags.weights);
-  const int64_t group = std::max<int64_t>(1, kLookupsInFlight / bags.features);
-  for_each_range(bags.batch, kBatchRowsPerTask, [&](int64_t first, int64_t end) {
-    const auto fetch = [&](int64_t begin) {
-      for (int64_t b = begin; b < std::min(end, begin + group); ++b) {
-        for (int64_t f = 0; f < bags.features; ++f) {
-          const int64_t* bag = bags.offsets + f * bags.batch + b;
-          for (int64_t i = bag[0]; i < bag[1]; ++i) rows.prefetch(bags.inverse[i]);
-        }
+  const bool scaled = weights != nullptr || bags.mean;
+  const int dim = bags.dim();
+  for_each_range(bags.batch, kTileRows, [&](int64_t first, int64_t end) {
+    const auto for_each_bag = [&](auto&& visit) {
+      for (int64_t f = 0; f < bags.features; ++f) {
+        for (int64_t b = first; b < end; ++b) visit((b - first) * bags.features + f, bags.offsets + f * bags.batch + b);
       }
     };
-    fetch(first);
-    for (int64_t begin = first; begin < end; begin += group) {
-      fetch(begin + group);
-      for (int64_t b = begin; b < std::min(end, begin + group); ++b) {
-        for (int64_t f = 0; f < bags.features; ++f) {
-          const int64_t* bag = bags.offsets + f * bags.batch + b;
-          Real* to = out + (b * bags.features + f) * bags.dim();
-          if (bag[0] == bag[1]) std::fill_n(to, bags.dim(), Real(0));
-          const Real share = bags.mean && bag[1] > bag[0] ? Real(1) / static_cast<Real>(bag[1] - bag[0]) : Real(1);
-          for (int64_t i = bag[0]; i < bag[1]; ++i) {
-            const Real factor = weights ? weights[i] * share : share;
-            if (i == bag[0]) {
-              rows.write(bags.inverse[i], factor, to);
-            } else {
-              rows.add(bags.inverse[i], factor, to);
-            }
-          }
-        }
+    std::vector<int32_t> starts((end - first) * bags.features + 1);
+    for_each_bag([&](int64_t at, const int64_t* bag) { starts[at + 1] = static_cast<int32_t>(bag[1] - bag[0]); });
+    std::partial_sum(starts.begin(), starts.end(), starts.begin());
+    const int32_t lookups = starts.back();
+    const std::unique_ptr<StoredVector<Store>[]> vectors(new StoredVector<Store>[lookups]);
+    const std::unique_ptr<Real[]> factors(scaled ? new Real[lookups] : nullptr);
+    for_each_bag([&](int64_t at, const int64_t* bag) {
+      int32_t to = starts[at];
+      for (int64_t i = bag[0]; i < bag[1]; ++i, ++to) {
+        vectors[to] = vector_of(bags.inverse[i]);
+        if (scaled) factors[to] = (weights ? weights[i] : Real(1)) / (bags.mean ? static_cast<Real>(bag[1] - bag[0]) : Real(1));
       }
+    });
+
+    const auto fetch = [&](int32_t at) __attribute__((always_inline)) {
+      for (int32_t i = at; i < std::min<int32_t>(lookups, at + kInFlight); ++i) {
+        prefetch(vectors[i].at, static_cast<int64_t>(sizeof(typename Store::Bits)) * vectors[i].live);
+      }
+    };
+    fetch(0);
+    for (size_t bag = 0; bag + 1 < starts.size(); ++bag) {
+      Real* __restrict to = out + (first * bags.features + static_cast<int64_t>(bag)) * dim;
+      int written = 0;
+      for (int32_t i = starts[bag]; i < starts[bag + 1]; ++i) {
+        if (i % kInFlight == 0) fetch(i + kInFlight);
+        const auto* __restrict from = vectors[i].at;
+        const int live = vectors[i].live;
+        const Real factor = scaled ? factors[i] : Real(1);
+        const int both = std::min(written, live);
+        for_each_dim(both, [&](int d) { to[d] += factor * Store::to_float(from[d]); });
+        for_each_dim(live - both, [&](int d) { to[both + d] = factor * Store::to_float(from[both + d]); });
+        written = std::max(written, live);
+      }
+      std::fill_n(to + written, dim - written, Real(0));
     }
   });
 }
@@ -77,7 +100,7 @@ class BagGradients {
     });
   }
 
-  void prefetch(int64_t row) const {
+  [[gnu::always_inline]] void prefetch(int64_t row) const {
     for (int32_t at = groups_.starts[row]; at < groups_.starts[row + 1]; ++at) {
       fiited::prefetch(grad_out_ + int64_t{out_row_[groups_.members[at]]} * dim_, dim_ * static_cast<int64_t>(sizeof(Real)));
     }
@@ -142,7 +165,7 @@ class WireGradients {
     if (target) groups_ = std::make_unique<Groups>(arrivals, target, rows);
   }
 
-  void prefetch(int64_t row) const {
+  [[gnu::always_inline]] void prefetch(int64_t row) const {
     if (!groups_) return fiited::prefetch(data_ + starts_[row], 4 * (starts_[row + 1] - starts_[row]));
     for (int32_t at = groups_->starts[row]; at < groups_->starts[row + 1]; ++at) {
       const int32_t arrival = groups_->members[at];

@@ -48,9 +48,15 @@ inline float sum_of_squares(int n, const float* x) {
   return sum;
 }
 
-inline void prefetch(const void* at, int64_t bytes) {
-  const auto* line = static_cast<const char*>(at);
-  for (const char* end = line + bytes; line < end; line += 64) __builtin_prefetch(line);
+// How many rows or keys are fetched ahead, all in one short loop: their page walks then run side by side, which they do not where
+// each prefetch stands between the work on two rows.
+constexpr int64_t kInFlight = 32;
+
+// Asks for the cache lines of a range ahead of their use. This and all that call it are always inlined: GCC takes a function that
+// only prefetches for one without effect, and drops calls of it.
+[[gnu::always_inline]] inline void prefetch(const void* at, int64_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(at);
+  for (uintptr_t line = begin & ~uintptr_t{63}; line < begin + bytes; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(line));
 }
 
 }  // namespace fiited

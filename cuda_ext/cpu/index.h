@@ -48,18 +48,14 @@ class Index {
   int64_t bytes() const { return line_bytes_ + static_cast<int64_t>(parts_.size() * sizeof(Part)); }
   static int64_t directory_bytes(int partitions_log2) { return (int64_t{1} << partitions_log2) * sizeof(Part); }
 
-  void prefetch(uint64_t key) const {
+  [[gnu::always_inline]] void prefetch(uint64_t key) const {
     const Part& part = part_of(key);
     if (part.lines != nullptr) __builtin_prefetch(part.lines + home(part, key));
   }
 
-  // First address whose tag fits; the caller checks the row's key. For prefetching the row.
+  // The first address whose tag fits; the caller compares the row's key. kAbsent: the key is not here.
   uint32_t candidate(uint64_t key) const {
-    const Part& part = part_of(key);
-    if (part.count == 0) return kAbsent;
-    const Line& line = part.lines[home(part, key)];
-    const uint32_t found = matches(line, tag_of(key));
-    return found ? line.address[std::countr_zero(found)] : kAbsent;
+    return find(key, [](uint32_t) { return true; });
   }
 
   // `same(address)` says whether that row has the key (and table) looked for.

@@ -7,31 +7,20 @@ namespace fiited {
 namespace {
 
 constexpr int64_t kRowsPerTask = 1024;
-constexpr int64_t kAhead = 8;  // rows whose gradients are fetched before they are needed
 
+// Numbers stored as they are.
 template <class Real>
-struct Ragged {
-  const Real* values;
-  const int64_t* starts;
-  const uint8_t* widths;
-  int chunk;
-  int dim;
-
-  void prefetch(int32_t row) const { fiited::prefetch(values + starts[row], static_cast<int64_t>(sizeof(Real)) * widths[row] * chunk); }
-  void write(int32_t row, Real factor, Real* to) const {
-    const int live = widths[row] * chunk;
-    const Real* from = values + starts[row];
-    for_each_dim(live, [&](int i) { to[i] = factor * from[i]; });
-    std::fill_n(to + live, dim - live, Real(0));
-  }
-  void add(int32_t row, Real factor, Real* to) const { add_scaled(widths[row] * chunk, factor, values + starts[row], to); }
+struct Plain {
+  using Bits = Real;
+  static Real to_float(Real value) { return value; }
 };
 
 }  // namespace
 
 template <class Real>
 void pool(const Bags& bags, const Real* values, const int64_t* starts, const uint8_t* widths, Real* out) {
-  pool_rows(bags, Ragged<Real>{values, starts, widths, bags.chunk, bags.dim()}, out);
+  pool_rows<Real, Plain<Real>>(
+      bags, [&](int32_t row) { return StoredVector<Plain<Real>>{values + starts[row], widths[row] * bags.chunk}; }, out);
 }
 
 template <class Real>
@@ -41,7 +30,7 @@ void pool_backward(const Bags& bags, const Real* grad_out, int64_t rows, const i
   for_each_range(rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
     std::vector<Real> scratch(bags.dim() + bags.chunk);
     for (int64_t row = begin; row < end; ++row) {
-      if (row + kAhead < end) gradients.prefetch(row + kAhead);
+      if (row + kInFlight < end) gradients.prefetch(row + kInFlight);
       const Real* sum = gradients.sum(row, widths[row], scratch.data());
       copy(static_cast<int>(starts[row + 1] - starts[row]), sum, grad_values + starts[row]);
     }
@@ -69,7 +58,7 @@ void lookup_norms(const Bags& bags, const float* grad_out, int64_t rows, float* 
   const BagGradients<float> gradients(bags, grad_out, rows, false);
   for_each_range(rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      if (row + kAhead < end) gradients.prefetch(row + kAhead);
+      if (row + kInFlight < end) gradients.prefetch(row + kInFlight);
       norms[row] = 0;
       gradients.for_each_lookup(
           row, [&](float factor, const float* g) { norms[row] += std::abs(factor) * std::sqrt(sum_of_squares(bags.dim(), g)); });

@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/floats.h"
 #include "cpu/index.h"
 #include "cpu/memory.h"
 
@@ -75,12 +76,12 @@ class Pools {
   }
   RowHeader& header(uint32_t address) const { return *reinterpret_cast<RowHeader*>(row(address)); }
 
-  void prefetch_header(uint32_t address) const { __builtin_prefetch(row(address)); }
-  void prefetch_row(uint32_t address) const {
-    const std::byte* at = row(address);
-    const std::byte* last = at + pools_[uint64_t{address} >> position_bits_].stride - 1;
-    for (; at < last; at += 64) __builtin_prefetch(at);
-    __builtin_prefetch(last);
+  // Both take kAbsent too, and do nothing then.
+  [[gnu::always_inline]] void prefetch_header(uint32_t address) const {
+    if (address != kAbsent) __builtin_prefetch(row(address));
+  }
+  [[gnu::always_inline]] void prefetch_row(uint32_t address) const {
+    if (address != kAbsent) prefetch(row(address), pools_[uint64_t{address} >> position_bits_].stride);
   }
 
   // Address of a new row of this width, contents undefined; kAbsent when there is no memory.

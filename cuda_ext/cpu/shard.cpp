@@ -14,10 +14,8 @@ namespace fiited {
 
 namespace {
 
-constexpr int kBlock = 32;             // keys probed together, so that their cache misses overlap
 constexpr int64_t kKeysPerTask = 2048;
-constexpr int64_t kRowsAhead = 12;     // rows fetched while those before are updated
-constexpr int kLowerAt = 16;  // octaves of decay after which all importances are scaled down
+constexpr int kLowerAt = 16;        // octaves of decay after which all importances are scaled down
 constexpr uint64_t kAllKeys = 1ull << 32;
 
 int64_t counter_bytes(const ShardConfig& config) {
@@ -58,20 +56,23 @@ class ShardOf final : public Shard {
     for_each_range(n, kKeysPerTask, [&](int64_t first, int64_t end) {
       int64_t asked = 0;
       int64_t found = 0;
-      uint32_t candidates[kBlock];
-      for (int64_t i = first; i < std::min(end, first + kBlock); ++i) index_.prefetch(keys[i]);
-      for (int64_t begin = first; begin < end; begin += kBlock) {
-        const int size = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
-        for (int i = 0; i < size; ++i) {
-          candidates[i] = index_.candidate(keys[begin + i]);
-          if (candidates[i] != kAbsent) pools_.prefetch_header(candidates[i]);
+      uint32_t candidates[2][kInFlight];
+      // In three stages, a block of keys in each: index lines fetched; candidates found, their headers fetched; keys compared.
+      for (int64_t at = first; at < end + 2 * kInFlight; at += kInFlight) {
+        for (int64_t i = at; i < std::min(end, at + kInFlight); ++i) index_.prefetch(keys[i]);
+        const int64_t middle = at - kInFlight;
+        if (middle >= first) {
+          uint32_t* const mine = candidates[middle / kInFlight % 2];
+          const int64_t size = std::min(end, middle + kInFlight) - middle;
+          for (int64_t i = 0; i < size; ++i) mine[i] = index_.candidate(keys[middle + i]);
+          for (int64_t i = 0; i < size; ++i) pools_.prefetch_header(mine[i]);
         }
-        for (int64_t i = begin + size; i < std::min(end, begin + size + kBlock); ++i) index_.prefetch(keys[i]);
-        for (int64_t i = begin; i < begin + size; ++i) {
+        const int64_t last = middle - kInFlight;
+        for (int64_t i = std::max(first, last); i < std::min(end, last + kInFlight); ++i) {
           const auto key = static_cast<uint64_t>(keys[i]);
           const auto table = static_cast<uint16_t>(tables[i]);
-          uint32_t address = candidates[i - begin];
-          if (address == kAbsent || !is_row(address, key, table)) address = find(key, table);
+          uint32_t address = candidates[last / kInFlight % 2][i - last];
+          if (address != kAbsent && !is_row(address, key, table)) address = find(key, table);
           addresses[i] = address;
           widths[i] = address == kAbsent ? 0 : static_cast<uint8_t>(pools_.width(address));
           if (training) {
@@ -101,14 +102,25 @@ class ShardOf final : public Shard {
   void read(int64_t n, const int32_t* take, const uint32_t* addresses, const uint8_t* widths, float* values) const override {
     const auto at = [&](int64_t i) { return take ? take[i] : i; };
     for (int64_t i = 0; i < n; ++i) {
-      if (i + kRowsAhead < n && addresses[at(i + kRowsAhead)] != kAbsent) pools_.prefetch_row(addresses[at(i + kRowsAhead)]);
+      for (int64_t next = i + kInFlight; i % kInFlight == 0 && next < std::min(n, i + 2 * kInFlight); ++next) {
+        pools_.prefetch_row(addresses[at(next)]);
+      }
       const int live = widths[at(i)] * layout_.chunk;
       if (live) read_vector(pools_.row(addresses[at(i)]), live, values);
       values += live;
     }
   }
 
-  void pool(const Bags& bags, const uint32_t* addresses, float* out) const override { pool_rows(bags, PoolRows{*this, addresses}, out); }
+  void pool(const Bags& bags, const uint32_t* addresses, float* out) const override {
+    pool_rows<float, Store>(
+        bags,
+        [&](int32_t row) {
+          const uint32_t address = addresses[row];
+          if (address == kAbsent) return StoredVector<Store>{nullptr, 0};
+          return StoredVector<Store>{vector_of(pools_.row(address)), pools_.width(address) * layout_.chunk};
+        },
+        out);
+  }
 
   void update(const Update& rows, const float* gradients, int64_t arrivals, const int32_t* target) override {
     start_update(rows);
@@ -302,31 +314,6 @@ class ShardOf final : public Shard {
     for_each_dim(live, [&](int i) { out[i] = Store::to_float(vector[i]); });
   }
 
-  // The rows of a lookup, as pool_rows reads them.
-  struct PoolRows {
-    const ShardOf& shard;
-    const uint32_t* addresses;
-
-    void prefetch(int32_t row) const {
-      if (addresses[row] != kAbsent) shard.pools_.prefetch_row(addresses[row]);
-    }
-    int live(int32_t row) const { return addresses[row] == kAbsent ? 0 : shard.pools_.width(addresses[row]) * shard.layout_.chunk; }
-    void write(int32_t row, float factor, float* __restrict to) const {
-      const int live = this->live(row);
-      if (live) {
-        const auto* __restrict vector = vector_of(shard.pools_.row(addresses[row]));
-        for_each_dim(live, [&](int i) { to[i] = factor * Store::to_float(vector[i]); });
-      }
-      std::fill_n(to + live, shard.layout_.chunks * shard.layout_.chunk - live, 0.0f);
-    }
-    void add(int32_t row, float factor, float* __restrict to) const {
-      const int live = this->live(row);
-      if (live == 0) return;
-      const auto* __restrict vector = vector_of(shard.pools_.row(addresses[row]));
-      for_each_dim(live, [&](int i) { to[i] += factor * Store::to_float(vector[i]); });
-    }
-  };
-
   void initialise(std::byte* row, int width, int from_dim, uint64_t key, uint16_t table, double scale) {
     auto* vector = reinterpret_cast<typename Store::Bits*>(row + sizeof(RowHeader));
     for (int dim = from_dim; dim < width * layout_.chunk; ++dim) {
@@ -458,31 +445,31 @@ class ShardOf final : public Shard {
     for_each_range(rows.n, kKeysPerTask, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch((layout_.chunks + 1) * layout_.chunk);
       StepConstants mine = constants;
-      for (int64_t i = begin; i < end + kRowsAhead; ++i) {
-        if (i < end) {
-          gradients.prefetch(i);
-          if (rows.addresses[i] != kAbsent) pools_.prefetch_row(rows.addresses[i]);
-        }
-        const int64_t late = i - kRowsAhead;
-        if (late < begin) continue;
-        const uint32_t address = rows.addresses[late];
-        const auto key = static_cast<uint64_t>(rows.keys[late]);
-        const int width = rows.widths[late];
+      const auto fetch = [&](int64_t at) __attribute__((always_inline)) {
+        for (int64_t i = at; i < std::min(end, at + kInFlight); ++i) pools_.prefetch_row(rows.addresses[i]);
+        for (int64_t i = at; i < std::min(end, at + kInFlight); ++i) gradients.prefetch(i);
+      };
+      fetch(begin);
+      for (int64_t i = begin; i < end; ++i) {
+        if ((i - begin) % kInFlight == 0) fetch(i + kInFlight);
+        const uint32_t address = rows.addresses[i];
+        const auto key = static_cast<uint64_t>(rows.keys[i]);
+        const int width = rows.widths[i];
         const int live = width * layout_.chunk;
-        if (!still_there(rows, late)) {
-          lower_to(moved, late);
+        if (!still_there(rows, i)) {
+          lower_to(moved, i);
           continue;
         }
-        const float* g = gradients.sum(late, width, scratch.data());
+        const float* g = gradients.sum(i, width, scratch.data());
         const float live_squares = sum_of_squares(live, g);
         const float squares = width < layout_.chunks ? live_squares + sum_of_squares(layout_.chunk, g + live) : live_squares;
         if (!std::isfinite(squares)) {
-          lower_to(infinite, late);
+          lower_to(infinite, i);
           continue;
         }
-        const float gain = weight(rows.counts[late], std::sqrt(squares), rows.lookup_norms ? rows.lookup_norms[late] : 0.0f) * scale_;
+        const float gain = weight(rows.counts[i], std::sqrt(squares), rows.lookup_norms ? rows.lookup_norms[i] : 0.0f) * scale_;
         if (address == kAbsent) {
-          gains[late] = gain;
+          gains[i] = gain;
           continue;
         }
         std::byte* row = pools_.row(address);
@@ -492,7 +479,8 @@ class ShardOf final : public Shard {
       }
     });
     if (moved < rows.n) {
-      throw std::runtime_error("update: row " + std::to_string(moved) + " was resized or moved since its lookup; look up again after a round");
+      throw std::runtime_error("update: row " + std::to_string(moved) +
+                               " was resized or moved since its lookup; look up again after a round");
     }
     if (infinite < rows.n) {
       throw std::runtime_error("the gradient of table " + std::to_string(rows.tables[infinite]) + ", id " +
@@ -500,15 +488,14 @@ class ShardOf final : public Shard {
                                " is not finite");
     }
     for (int64_t i = 0; i < rows.n; ++i) {
-      if (i + kRowsAhead < rows.n && rows.addresses[i + kRowsAhead] == kAbsent) sketch_.prefetch(rows.keys[i + kRowsAhead]);
+      if (i + kInFlight < rows.n && rows.addresses[i + kInFlight] == kAbsent) sketch_.prefetch(rows.keys[i + kInFlight]);
       if (rows.addresses[i] == kAbsent) win_row(rows.keys[i], static_cast<uint16_t>(rows.tables[i]), gains[i], rows.step);
     }
   }
 
   bool still_there(const Update& rows, int64_t i) const {
     const uint32_t address = rows.addresses[i];
-    return fits(address, rows.widths[i]) &&
-           (address == kAbsent || is_row(address, rows.keys[i], static_cast<uint16_t>(rows.tables[i])));
+    return fits(address, rows.widths[i]) && (address == kAbsent || is_row(address, rows.keys[i], static_cast<uint16_t>(rows.tables[i])));
   }
 
   static void lower_to(std::atomic<int64_t>& least, int64_t value) {
@@ -594,8 +581,7 @@ size_t ShardConfig::granule() const {
 }
 
 int64_t ShardConfig::fixed_bytes() const {
-  const int64_t structure =
-      Index::fixed_bytes(partitions_log2()) + Pools::partial_bytes(layout(), granule()) + counter_bytes(*this);
+  const int64_t structure = Index::fixed_bytes(partitions_log2()) + Pools::partial_bytes(layout(), granule()) + counter_bytes(*this);
   // A share of the limit, not what this shard's structure happens to need: the sum over shards is then the same for any number of them.
   return std::max(structure, limit_bytes / 40) + static_cast<int64_t>(Memory::rounded(sketch_bytes(*this)));
 }

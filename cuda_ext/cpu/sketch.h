@@ -20,7 +20,7 @@ class Sketch {
   Sketch(uint32_t* cells, uint32_t first_bucket, uint32_t sets_per_bucket)
       : cells_(cells), first_bucket_(first_bucket), sets_per_bucket_(sets_per_bucket) {}
 
-  void prefetch(uint64_t key) const { __builtin_prefetch(set_of(key), 1); }
+  [[gnu::always_inline]] void prefetch(uint64_t key) const { __builtin_prefetch(set_of(key), 1); }
 
   // Adds `weight` to the id and gives its estimate.
   float add(uint64_t key, float weight) {
