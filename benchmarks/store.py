@@ -127,7 +127,8 @@ class Fbgemm:
         from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
         place = (work.rows, work.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
-        self.module = SplitTableBatchedEmbeddingBagsCodegen([place] * TABLES, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=LR)
+        kind = EmbOptimType.EXACT_ROWWISE_ADAGRAD
+        self.module = SplitTableBatchedEmbeddingBagsCodegen([place] * TABLES, optimizer=kind, learning_rate=LR)
         self.offsets, self.grad = work.offsets, work.grad_BFD.reshape(BATCH, -1)
 
     def lookup(self, ids: Tensor) -> None:
@@ -187,7 +188,7 @@ def measure(dim: int, rounds: int, with_torch: bool) -> dict[str, Any]:
             for kind in ("lookup", "step"):
                 if name in ("torch", "fbgemm") and kind == "step" and turn >= max(3, rounds // 8):
                     continue  # they take long, and vary little
-                seconds = _seconds(lambda run=getattr(system, kind): run(ids))
+                seconds = _seconds(getattr(system, kind), ids)
                 times.setdefault((name, kind), []).append(seconds)
     bandwidths.append(copy_bandwidth())
     bandwidth = max(bandwidths)
@@ -237,29 +238,31 @@ def metadata_by_fill(rows: int) -> list[tuple[int, float]]:
     return result
 
 
-def round_seconds(rows: int) -> dict[str, float]:
-    """A round over `rows` resident rows of two widths, on one thread: histogram, and a resize that moves a tenth of them."""
+def round_seconds(rows: int, dim: int) -> dict[str, float]:
+    """A round over `rows` resident rows, on one thread: histogram, and a resize that narrows or evicts about a fifth of them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    shard = VhpiShard(_spec(16, None))
+    shard = VhpiShard(_spec(dim, None))
     _admit(shard, 0, rows)
-    histogram = _seconds(shard.histogram)
-    importance_of_tenth = _seconds(lambda: None)
     weights = shard.histogram()[0].double()
     threshold = _quantile(weights, 0.1)
     before = shard.stats()
-    shrink = _seconds(lambda: shard.shrink(threshold))
+    histogram = _seconds(shard.histogram)
+    shrink = _seconds(shard.shrink, threshold)
     grow = _seconds(shard.grow)
     after = shard.stats()
     torch.set_num_threads(threads)
     return {
         "rows": rows,
+        "dim": dim,
         "histogram": histogram,
         "shrink": shrink,
         "grow": grow,
         "total": histogram + shrink + grow,
-        "rows_changed": after.resized + after.evicted - before.resized - before.evicted + 0 * importance_of_tenth,
-        "bytes_moved": before.total - after.total,
+        "rows_changed": after.resized + after.evicted - before.resized - before.evicted,
+        "bytes_given_back": before.total - after.total,
+        "peak_bytes_over_before": after.peak / before.total,
+        "slack_share_after": after.slack / after.total,
     }
 
 
@@ -303,14 +306,45 @@ def _spec(dim: int, budget: int | None) -> ShardSpec:
         decay=PolicyConfig().decay,
         narrow_lr_power=0.5,
         admission=PolicyConfig().admission,
-        levels=tuple(PolicyConfig().alpha**chunk for chunk in range(chunks)),
+        levels=tuple(PolicyConfig().alpha ** chunk for chunk in range(chunks)),
     )
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[..., object], *arguments: object) -> float:
     start = time.perf_counter()
-    call()
+    call(*arguments)
     return time.perf_counter() - start
+
+
+def print_store(dims: dict[str, dict[str, Any]]) -> None:
+    print(
+        f"{'D':>4}{'':>10}{'ours ms':>10}{'10 % ms':>10}{'FBGEMM ms':>11}{'torch ms':>10}{'MB moved':>10}{'of copy':>9}"
+        f"{'vs bound':>10}{'vs FBGEMM':>11}{'10 % gain':>11}"
+    )
+    for dim, figures in dims.items():
+        for kind in ("step", "lookup"):
+            times = figures[f"{kind}_ms"]
+            cells = [f"{times[name]:.2f}" if name in times else "-" for name in ("ours", "ours_10pct", "fbgemm", "torch")]
+            against = figures[f"{kind}_vs_fbgemm"]
+            share = figures[f"{kind}_share_of_copy_bandwidth"]
+            print(
+                f"{dim:>4}{kind:>10}{cells[0]:>10}{cells[1]:>10}{cells[2]:>11}{cells[3]:>10}{figures[f'{kind}_bytes'] / 1e6:>10.1f}"
+                f"{share:>9.1%}{1 / share:>10.2f}{'-' if against is None else f'{against:.2f}':>11}"
+                f"{times['ours'] / times['ours_10pct']:>11.2f}"
+            )
+    any_dim = next(iter(dims.values()))
+    print(f"copy bandwidth {any_dim['copy_GB_per_s']:.1f} GB/s with {any_dim['threads']} threads; synthetic power-law ids")
+    for line in any_dim["missing"]:
+        print(f"not measured: {line}")
+
+
+def print_rounds(rounds: list[dict[str, float]]) -> None:
+    print(f"{'rows':>12}{'D':>5}{'round s':>9}{'changed':>12}{'MB back':>9}{'slack':>8}  (one core)")
+    for each in rounds:
+        print(
+            f"{each['rows']:>12,}{each['dim']:>5}{each['total']:>9.3f}{each['rows_changed']:>12,}{each['bytes_given_back'] / 1e6:>9.1f}"
+            f"{each['slack_share_after']:>8.2%}"
+        )
 
 
 def main() -> int:
@@ -320,20 +354,27 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=48, help="timed batches of each system")
     parser.add_argument("--without-torch", action="store_true")
     parser.add_argument("--skip-rounds", action="store_true")
+    parser.add_argument("--most-rows", type=int, default=100_000_000, help="of the curve of rounds: 92 bytes each")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"synthetic": True, "dims": {}}
     for dim in arguments.dims:
         figures = measure(dim, arguments.turns, not arguments.without_torch)
-        result["dims"][str(dim)] = figures
-        print(json.dumps(figures, indent=1), flush=True)
         gc.collect()
+        if not arguments.skip_rounds:
+            figures["round_10m"] = round_seconds(10_000_000, dim)
+            figures["round_seconds_10m"] = figures["round_10m"]["total"]
+        result["dims"][str(dim)] = figures
+        gc.collect()
+    print_store(result["dims"])
     if not arguments.skip_rounds:
         result["metadata_by_fill"] = metadata_by_fill(4_000_000)
-        result["rounds"] = [round_seconds(rows) for rows in (1_000_000, 3_000_000, 10_000_000, 30_000_000)]
-        result["round_seconds_10m"] = result["rounds"][2]["total"]
-        print(json.dumps({key: result[key] for key in ("metadata_by_fill", "rounds")}, indent=1))
+        sizes = [rows for rows in (1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000) if rows <= arguments.most_rows]
+        result["rounds"] = [round_seconds(rows, 2 * CHUNK) for rows in sizes]
+        worst = max(each for _, each in result["metadata_by_fill"])
+        print(f"index and header while a shard fills from half on: at most {worst:.1f} bytes a row")
+        print_rounds([*(each["round_10m"] for each in result["dims"].values()), *result["rounds"]])
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/batch.h"
+#include "cpu/buffers.h"
 #include "cpu/parallel.h"
 #include "cpu/shard.h"
 
@@ -33,6 +34,18 @@ using torch::stable::Tensor;
   } while (false)
 
 Tensor make(int64_t size, ScalarType type) { return torch::stable::empty({size}, type); }
+
+// For results that may be large: their memory comes from `buffers` and returns there with the tensor.
+Tensor make_floats(std::initializer_list<int64_t> sizes, ScalarType type = ScalarType::Float) {
+  int64_t count = 1;
+  for (const int64_t size : sizes) count *= size;
+  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+  if (bytes < fiited::Buffers::kFrom || type != ScalarType::Float) return torch::stable::empty(sizes, type);
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t dim = sizes.size() - 1; dim > 0; --dim) strides[dim - 1] = strides[dim] * sizes.begin()[dim];
+  return torch::stable::from_blob(fiited::buffers.take(bytes), sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Float, [bytes](void* at) { fiited::buffers.give(at, bytes); });
+}
 
 template <class T>
 Tensor from_vector(const std::vector<T>& values, ScalarType type) {
@@ -184,7 +197,7 @@ Tensor store_read(int64_t handle, Tensor addresses, Tensor widths, std::optional
     REQUIRE(!take || (take_data[i] >= 0 && take_data[i] < rows), "take " + std::to_string(i) + " is out of range");
     chunks += widths_data[take ? take_data[i] : i];
   }
-  Tensor values = make(chunks * shard->config().chunk, ScalarType::Float);
+  Tensor values = make_floats({chunks * shard->config().chunk});
   shard->read(n, take_data, addresses_data, widths_data, static_cast<float*>(values.mutable_data_ptr()));
   return values;
 }
@@ -351,7 +364,7 @@ Tensor pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, std::o
   const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
   const auto starts = starts_of(widths_data, rows, chunk, chunks, false);
   const fiited::Bags bags = bags_of(inverse, offsets, weights, type, features, mean, chunk, chunks, rows);
-  Tensor out = torch::stable::empty({bags.batch, features, chunk * chunks}, type);
+  Tensor out = make_floats({bags.batch, features, chunk * chunks}, type);
   with_real(type, [&](auto real) {
     using Real = decltype(real);
     fiited::pool<Real>(bags, read<Real>(values, type, "values", starts.back()), starts.data(), widths_data,
@@ -367,7 +380,7 @@ Tensor pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offs
   const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
   const auto starts = starts_of(widths_data, rows, chunk, chunks, fold);
   const fiited::Bags bags = bags_of(inverse, offsets, weights, type, features, mean, chunk, chunks, rows);
-  Tensor out = make(starts.back(), type);
+  Tensor out = make_floats({starts.back()}, type);
   with_real(type, [&](auto real) {
     using Real = decltype(real);
     const auto* grad = read<Real>(grad_out, type, "grad_out", bags.batch * features * chunk * chunks);
@@ -412,7 +425,7 @@ Tensor store_pool(int64_t handle, Tensor addresses, Tensor widths, Tensor invers
   const auto* addresses_data = read_addresses(addresses, rows);
   check_addresses(*shard, addresses_data, read<uint8_t>(widths, ScalarType::Byte, "widths", rows), rows);
   const fiited::Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks, rows);
-  Tensor out = torch::stable::empty({bags.batch, features, bags.dim()}, ScalarType::Float);
+  Tensor out = make_floats({bags.batch, features, bags.dim()});
   shard->pool(bags, addresses_data, static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }

@@ -51,8 +51,9 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
       }
     });
 
+    const int32_t ahead = ahead_of(dim * sizeof(typename Store::Bits));
     const auto fetch = [&](int32_t at) __attribute__((always_inline)) {
-      for (int32_t i = at; i < std::min<int32_t>(lookups, at + kInFlight); ++i) {
+      for (int32_t i = at; i < std::min(lookups, at + ahead); ++i) {
         prefetch(vectors[i].at, static_cast<int64_t>(sizeof(typename Store::Bits)) * vectors[i].live);
       }
     };
@@ -61,7 +62,7 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
       Real* __restrict to = out + (first * bags.features + static_cast<int64_t>(bag)) * dim;
       int written = 0;
       for (int32_t i = starts[bag]; i < starts[bag + 1]; ++i) {
-        if (i % kInFlight == 0) fetch(i + kInFlight);
+        if (i % ahead == 0) fetch(i + ahead);
         const auto* __restrict from = vectors[i].at;
         const int live = vectors[i].live;
         const Real factor = scaled ? factors[i] : Real(1);
@@ -75,71 +76,78 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
   });
 }
 
-// The gradient of each row, summed over its lookups' bags, in wire layout (without the folded part if `fold` is false).
+// The gradient of each row, summed over its lookups' bags, in wire layout (without the folded part if `fold` is false). Calls of
+// `sum` go through the rows in order, from the one that `start` was called with, and fetch ahead of themselves.
 template <class Real>
 class BagGradients {
  public:
   BagGradients(const Bags& bags, const Real* grad_out, int64_t rows, bool fold)
-      : chunk_(bags.chunk),
-        dim_(bags.dim()),
-        grad_out_(grad_out),
-        fold_(fold),
-        groups_(bags.lookups(), bags.inverse, rows),
-        out_row_(new int32_t[bags.lookups()]) {
+      : chunk_(bags.chunk), dim_(bags.dim()), grad_out_(grad_out), fold_(fold), ahead_(ahead_of(bags.dim() * sizeof(Real))) {
     for (int dim = 0; dim < dim_; ++dim) signs_.push_back(fold_sign(static_cast<uint32_t>(dim)));
     const auto* weights = static_cast<const Real*>(bags.weights);
-    if (weights != nullptr || bags.mean) factor_.reset(new Real[bags.lookups()]);
+    const int64_t n = bags.lookups();
+    const std::unique_ptr<int32_t[]> bag_of(new int32_t[n]);  // its row in grad_out
+    const std::unique_ptr<Real[]> factor_of(weights != nullptr || bags.mean ? new Real[n] : nullptr);
     for_each_task(bags.features, [&](int64_t f) {
       for (int64_t b = 0; b < bags.batch; ++b) {
         const int64_t* bag = bags.offsets + f * bags.batch + b;
         for (int64_t i = bag[0]; i < bag[1]; ++i) {
-          out_row_[i] = static_cast<int32_t>(b * bags.features + f);
-          if (factor_) factor_[i] = (weights ? weights[i] : Real(1)) / (bags.mean ? static_cast<Real>(bag[1] - bag[0]) : Real(1));
+          bag_of[i] = static_cast<int32_t>(b * bags.features + f);
+          if (factor_of) factor_of[i] = (weights ? weights[i] : Real(1)) / (bags.mean ? static_cast<Real>(bag[1] - bag[0]) : Real(1));
         }
       }
     });
+    out_rows_.reset(new int32_t[n]);
+    if (factor_of) factors_.reset(new Real[n]);
+    starts_ = group_by_row(n, bags.inverse, rows, [&](int64_t lookup, int32_t at) {
+      out_rows_[at] = bag_of[lookup];
+      if (factor_of) factors_[at] = factor_of[lookup];
+    });
+    count_ = static_cast<int32_t>(n);
   }
 
-  [[gnu::always_inline]] void prefetch(int64_t row) const {
-    for (int32_t at = groups_.starts[row]; at < groups_.starts[row + 1]; ++at) {
-      fiited::prefetch(grad_out_ + int64_t{out_row_[groups_.members[at]]} * dim_, dim_ * static_cast<int64_t>(sizeof(Real)));
-    }
-  }
+  void start(int64_t row) const { fetch(starts_[row], (starts_[row] / ahead_ + 2) * ahead_); }
 
   // The sum, in `scratch` [dim + chunk] or wherever it already stands.
   const Real* sum(int64_t row, int width, Real* scratch) const {
     const int live = width * chunk_;
     const bool folds = fold_ && live < dim_;
-    const int32_t begin = groups_.starts[row];
-    const int32_t end = groups_.starts[row + 1];
-    if (end - begin == 1 && !folds && !factor_) return of_lookup(groups_.members[begin]);
+    const int32_t begin = starts_[row];
+    const int32_t end = starts_[row + 1];
+    if (end - begin == 1 && !folds && !factors_) {
+      fetch_after(begin);
+      return gradient(begin);
+    }
     std::fill_n(scratch, live + (folds ? chunk_ : 0), Real(0));
-    for (int32_t at = begin; at < end; ++at) {
-      const int32_t lookup = groups_.members[at];
-      const Real* g = of_lookup(lookup);
-      if (factor_) {
-        add_scaled(live, factor_[lookup], g, scratch);
+    for_each_lookup(row, [&](Real factor, const Real* g) {
+      if (factors_) {
+        add_scaled(live, factor, g, scratch);
       } else {
         add(live, g, scratch);
       }
-      for (int begin_dim = live; folds && begin_dim < dim_; begin_dim += chunk_) {
-        add_folded(begin_dim, factor_ ? factor_[lookup] : Real(1), g, scratch + live);
-      }
-    }
+      for (int dim = live; folds && dim < dim_; dim += chunk_) add_folded(dim, factor, g, scratch + live);
+    });
     return scratch;
   }
 
   // Visits the factor and the gradient [dim] of each lookup of a row.
   template <class Visit>
   void for_each_lookup(int64_t row, Visit&& visit) const {
-    for (int32_t at = groups_.starts[row]; at < groups_.starts[row + 1]; ++at) {
-      const int32_t lookup = groups_.members[at];
-      visit(factor_ ? factor_[lookup] : Real(1), of_lookup(lookup));
+    for (int32_t at = starts_[row]; at < starts_[row + 1]; ++at) {
+      fetch_after(at);
+      visit(factors_ ? factors_[at] : Real(1), gradient(at));
     }
   }
 
  private:
-  const Real* of_lookup(int32_t lookup) const { return grad_out_ + int64_t{out_row_[lookup]} * dim_; }
+  const Real* gradient(int32_t at) const { return grad_out_ + int64_t{out_rows_[at]} * dim_; }
+  [[gnu::always_inline]] void fetch(int32_t begin, int32_t end) const {
+    for (int32_t at = begin; at < std::min(end, count_); ++at) prefetch(gradient(at), dim_ * static_cast<int64_t>(sizeof(Real)));
+  }
+  // Lookups are fetched in blocks: whoever reaches the first of a block fetches the next one.
+  [[gnu::always_inline]] void fetch_after(int32_t at) const {
+    if (at % ahead_ == 0) fetch(at + ahead_, at + 2 * ahead_);
+  }
 
   void add_folded(int dim, Real factor, const Real* __restrict g, Real* __restrict to) const {
     const float* __restrict signs = signs_.data() + dim;
@@ -150,9 +158,11 @@ class BagGradients {
   int dim_;
   const Real* grad_out_;
   bool fold_;
-  Groups groups_;
-  std::unique_ptr<int32_t[]> out_row_;  // [N] of grad_out
-  std::unique_ptr<Real[]> factor_;      // [N], or null where all are 1
+  int32_t ahead_;
+  std::unique_ptr<int32_t[]> starts_;    // [rows + 1] of a row's lookups
+  std::unique_ptr<int32_t[]> out_rows_;  // [N] lookups in the order of their rows: where their bag's gradient is
+  std::unique_ptr<Real[]> factors_;      // [N] in that order, or null where all are 1
+  int32_t count_ = 0;
   std::vector<float> signs_;
 };
 
@@ -160,37 +170,54 @@ class BagGradients {
 class WireGradients {
  public:
   WireGradients(const float* data, int64_t rows, const uint8_t* widths, int chunk, int chunks, int64_t arrivals, const int32_t* target)
-      : chunk_(chunk), chunks_(chunks), data_(data), widths_(widths), starts_(arrivals + 1, 0) {
-    for (int64_t i = 0; i < arrivals; ++i) starts_[i + 1] = starts_[i] + gradient_size(widths[target ? target[i] : i], chunk, chunks);
-    if (target) groups_ = std::make_unique<Groups>(arrivals, target, rows);
+      : chunk_(chunk), chunks_(chunks), data_(data), starts_of_(arrivals + 1, 0), arrivals_(static_cast<int32_t>(arrivals)) {
+    for (int64_t i = 0; i < arrivals; ++i) {
+      starts_of_[i + 1] = starts_of_[i] + gradient_size(widths[target ? target[i] : i], chunk, chunks);
+    }
+    if (target == nullptr) return;
+    order_.reset(new int32_t[arrivals]);
+    starts_ = group_by_row(arrivals, target, rows, [&](int64_t arrival, int32_t at) { order_[at] = static_cast<int32_t>(arrival); });
   }
 
-  [[gnu::always_inline]] void prefetch(int64_t row) const {
-    if (!groups_) return fiited::prefetch(data_ + starts_[row], 4 * (starts_[row + 1] - starts_[row]));
-    for (int32_t at = groups_->starts[row]; at < groups_->starts[row + 1]; ++at) {
-      const int32_t arrival = groups_->members[at];
-      fiited::prefetch(data_ + starts_[arrival], 4 * (starts_[arrival + 1] - starts_[arrival]));
-    }
-  }
+  void start(int64_t row) const { fetch(first_of(row), (first_of(row) / kInFlight + 2) * kInFlight); }
 
   const float* sum(int64_t row, int width, float* scratch) const {
-    if (!groups_) return data_ + starts_[row];
-    const int32_t begin = groups_->starts[row];
-    const int32_t end = groups_->starts[row + 1];
-    if (end - begin == 1) return data_ + starts_[groups_->members[begin]];
+    const int32_t begin = first_of(row);
+    const int32_t end = first_of(row + 1);
+    if (end - begin == 1) {
+      fetch_after(begin);
+      return gradient(begin);
+    }
     const auto size = static_cast<int>(gradient_size(width, chunk_, chunks_));
     std::fill_n(scratch, size, 0.0f);
-    for (int32_t at = begin; at < end; ++at) add(size, data_ + starts_[groups_->members[at]], scratch);
+    for (int32_t at = begin; at < end; ++at) {
+      fetch_after(at);
+      add(size, gradient(at), scratch);
+    }
     return scratch;
   }
 
  private:
+  int32_t first_of(int64_t row) const { return starts_ ? starts_[row] : static_cast<int32_t>(row); }
+  int32_t arrival(int32_t at) const { return order_ ? order_[at] : at; }
+  const float* gradient(int32_t at) const { return data_ + starts_of_[arrival(at)]; }
+  [[gnu::always_inline]] void fetch(int32_t begin, int32_t end) const {
+    for (int32_t at = begin; at < std::min(end, arrivals_); ++at) {
+      const int32_t i = arrival(at);
+      prefetch(data_ + starts_of_[i], 4 * (starts_of_[i + 1] - starts_of_[i]));
+    }
+  }
+  [[gnu::always_inline]] void fetch_after(int32_t at) const {
+    if (at % kInFlight == 0) fetch(at + static_cast<int32_t>(kInFlight), at + 2 * static_cast<int32_t>(kInFlight));
+  }
+
   int chunk_;
   int chunks_;
   const float* data_;
-  const uint8_t* widths_;
-  std::vector<int64_t> starts_;
-  std::unique_ptr<Groups> groups_;
+  std::vector<int64_t> starts_of_;  // [arrivals + 1] in numbers
+  int32_t arrivals_;
+  std::unique_ptr<int32_t[]> starts_;  // [rows + 1] of a row's arrivals; null where each row has one
+  std::unique_ptr<int32_t[]> order_;   // [arrivals] in the order of their rows
 };
 
 }  // namespace fiited

@@ -1,10 +1,16 @@
 // Kernels on one batch, before and after the store: keys and dedup, pooling, and the way of the gradient back.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
+#include <utility>
+
+#include "cpu/parallel.h"
 
 namespace fiited {
+
+constexpr int64_t kGroupedPerTask = 16384;
 
 struct Deduped {
   int64_t unique;
@@ -22,12 +28,33 @@ void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* f
 // The same for keys that came from several workers: their counts are summed. Order of first occurrence.
 void dedup_keys(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, Deduped& out);
 
-// Positions 0..n-1 by the row that `inverse` names: row u has members[starts[u]] up to members[starts[u + 1]], in rising order.
-struct Groups {
-  std::vector<int32_t> starts;
-  std::vector<int32_t> members;
-  Groups(int64_t n, const int32_t* inverse, int64_t rows);
-};
+// Positions 0..n-1 by the row that `inverse` names: row u has those at starts[u] up to starts[u + 1], in rising order.
+// `place(position, at)` is called once for each, from several threads.
+template <class Place>
+std::unique_ptr<int32_t[]> group_by_row(int64_t n, const int32_t* inverse, int64_t rows, Place&& place) {
+  std::unique_ptr<int32_t[]> starts(new int32_t[rows + 1]);
+  const int parts = static_cast<int>(std::clamp<int64_t>(n / kGroupedPerTask, 1, threads.count()));
+  // Each part of the rows by itself. It passes over all positions, which is quick beside putting its own in order.
+  for_each_task(parts, [&](int64_t part) {
+    const auto first = static_cast<int32_t>(rows * part / parts);
+    const auto end = static_cast<int32_t>(rows * (part + 1) / parts);
+    int32_t* const next = starts.get() + 1;  // next[u]: where the next position of row u goes; in the end, where row u + 1 starts
+    std::fill(next + first, next + end, 0);
+    int32_t before = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t row = inverse[i];
+      before += row < first;
+      if (row >= first && row < end) ++next[row];
+    }
+    for (int32_t row = first; row < end; ++row) before += std::exchange(next[row], before);
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t row = inverse[i];
+      if (row >= first && row < end) place(i, next[row]++);
+    }
+  });
+  starts[0] = 0;
+  return starts;
+}
 
 // Shape of a pooled lookup. Bag (f, b) is lookups offsets[f * batch + b] up to offsets[f * batch + b + 1].
 struct Bags {

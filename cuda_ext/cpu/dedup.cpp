@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <bit>
 #include <memory>
-#include <numeric>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -14,37 +13,37 @@ namespace fiited {
 
 namespace {
 
-// Open-addressing set of keys, at most half full, that numbers them in the order of their first occurrence.
+// Open-addressing set that numbers keys in the order of their first occurrence: four bytes a slot, at most half full. The keys
+// themselves stand in the caller's list, in the order of their numbers.
 class Seen {
  public:
   // Empties the set and makes room for `most` keys.
   void reset(int64_t most) {
-    const size_t size = std::bit_ceil(static_cast<uint64_t>(2 * most + 2));
+    const size_t size = std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(2 * most, 2)));
     if (slots_.size() < size) slots_.resize(size);
-    std::fill_n(slots_.begin(), size, Slot{0, 0});
+    std::fill_n(slots_.begin(), size, 0);
     mask_ = size - 1;
   }
 
-  // The key's number; `next` where it is new.
-  int32_t put(uint64_t key, uint64_t hash, int32_t next) {
+  // The number of the key for which `same(number)` holds; `next` where there is none.
+  template <class Same>
+  int32_t put(uint64_t hash, int32_t next, Same&& same) {
     for (uint64_t at = hash & mask_;; at = (at + 1) & mask_) {
-      Slot& slot = slots_[at];
-      if (slot.number == 0) {
-        slot = {key, next + 1};
+      int32_t& slot = slots_[at];
+      if (slot == 0) {
+        slot = next + 1;
         return next;
       }
-      if (slot.key == key) return slot.number - 1;
+      if (same(slot - 1)) return slot - 1;
     }
   }
 
  private:
-  struct Slot {
-    uint64_t key;
-    int32_t number;  // plus one; 0: free
-  };
-  std::vector<Slot> slots_;
+  std::vector<int32_t> slots_;  // number plus one; 0: free
   uint64_t mask_ = 0;
 };
+
+constexpr int64_t kBlock = 256;  // ids turned into keys together, in vector code
 
 void check_size(int64_t n) {
   if (n >= (int64_t{1} << 31)) throw std::runtime_error("more than 2^31 - 1 ids in one batch");
@@ -86,18 +85,23 @@ void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* f
     const TableSalt salt = table_salt(seed, static_cast<uint32_t>(table));
     uint64_t* found = keys.get() + part.begin;
     int32_t* count = counts.get() + part.begin;
+    uint64_t block[kBlock];
     for (const int feature : part.features) {
-      for (int64_t i = first_of(feature); i < feature_ends[feature]; ++i) {
-        const uint64_t key = key_of(static_cast<uint64_t>(ids[i]), salt);
-        const int32_t number = seen.put(key, key, part.unique);
-        if (number == part.unique) {
-          found[number] = key;
-          count[number] = 0;
-          ++part.next[owner_of(key, workers)];
-          ++part.unique;
+      for (int64_t begin = first_of(feature); begin < feature_ends[feature]; begin += kBlock) {
+        const int64_t size = std::min(kBlock, feature_ends[feature] - begin);
+        for (int64_t i = 0; i < size; ++i) block[i] = key_of(static_cast<uint64_t>(ids[begin + i]), salt);
+        for (int64_t i = 0; i < size; ++i) {
+          const uint64_t key = block[i];
+          const int32_t number = seen.put(key, part.unique, [&](int32_t other) { return found[other] == key; });
+          if (number == part.unique) {
+            found[number] = key;
+            count[number] = 0;
+            ++part.next[owner_of(key, workers)];
+            ++part.unique;
+          }
+          ++count[number];
+          out.inverse[begin + i] = number;
         }
-        ++count[number];
-        out.inverse[i] = number;
       }
     }
   });
@@ -128,35 +132,22 @@ void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* f
 
 void dedup_keys(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, Deduped& out) {
   check_size(n);
-  // Keys of different tables may be equal: the set holds a mix of both, which is a bijection for each table, and the rest is compared.
   static thread_local Seen seen;
   seen.reset(n);
   out.unique = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto key = static_cast<uint64_t>(keys[i]);
-    for (uint64_t hash = key + static_cast<uint64_t>(tables[i]) * kGolden;; hash += kGolden) {
-      const auto next = static_cast<int32_t>(out.unique);
-      const int32_t number = seen.put(hash, hash, next);
-      if (number == next) {
-        out.keys[number] = keys[i];
-        out.tables[number] = tables[i];
-        out.counts[number] = 0;
-        ++out.unique;
-      } else if (out.keys[number] != keys[i] || out.tables[number] != tables[i]) {
-        continue;  // two pairs with one mix: the second one takes the next word
-      }
-      out.counts[number] += counts[i];
-      out.inverse[i] = number;
-      break;
+  for (int64_t i = 0; i < n; ++i) {  // keys of different tables may be equal, so both count
+    const auto next = static_cast<int32_t>(out.unique);
+    const int32_t number = seen.put(static_cast<uint64_t>(keys[i]) + static_cast<uint64_t>(tables[i]) * kGolden, next,
+                                    [&](int32_t other) { return out.keys[other] == keys[i] && out.tables[other] == tables[i]; });
+    if (number == next) {
+      out.keys[number] = keys[i];
+      out.tables[number] = tables[i];
+      out.counts[number] = 0;
+      ++out.unique;
     }
+    out.counts[number] += counts[i];
+    out.inverse[i] = number;
   }
-}
-
-Groups::Groups(int64_t n, const int32_t* inverse, int64_t rows) : starts(rows + 2, 0), members(n) {
-  for (int64_t i = 0; i < n; ++i) ++starts[inverse[i] + 2];
-  std::partial_sum(starts.begin(), starts.end(), starts.begin());
-  for (int64_t i = 0; i < n; ++i) members[starts[inverse[i] + 1]++] = static_cast<int32_t>(i);
-  starts.pop_back();
 }
 
 }  // namespace fiited

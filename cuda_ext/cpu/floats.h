@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 namespace fiited {
@@ -32,11 +33,6 @@ inline void add_scaled(int n, Real factor, const Real* __restrict from, Real* __
   for_each_dim(n, [&](int i) { to[i] += factor * from[i]; });
 }
 
-template <class Real>
-inline void add_signed(int n, const float* __restrict signs, const Real* __restrict from, Real* __restrict to) {
-  for_each_dim(n, [&](int i) { to[i] += static_cast<Real>(signs[i]) * from[i]; });
-}
-
 inline float sum_of_squares(int n, const float* x) {
   float lanes[8] = {};
   int i = 0;
@@ -49,8 +45,15 @@ inline float sum_of_squares(int n, const float* x) {
 }
 
 // How many rows or keys are fetched ahead, all in one short loop: their page walks then run side by side, which they do not where
-// each prefetch stands between the work on two rows.
-constexpr int64_t kInFlight = 32;
+// each prefetch stands between the work on two rows. More than a core can have under way at a time make it wait.
+constexpr int64_t kInFlight = 8;
+
+// The same for rows of many bytes.
+constexpr int32_t ahead_of(size_t row_bytes) {
+  int32_t rows = kInFlight;
+  while (rows > 2 && rows * row_bytes > 2048) rows /= 2;
+  return rows;
+}
 
 // Asks for the cache lines of a range ahead of their use. This and all that call it are always inlined: GCC takes a function that
 // only prefetches for one without effect, and drops calls of it.

@@ -29,8 +29,8 @@ void pool_backward(const Bags& bags, const Real* grad_out, int64_t rows, const i
   const BagGradients<Real> gradients(bags, grad_out, rows, fold);
   for_each_range(rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
     std::vector<Real> scratch(bags.dim() + bags.chunk);
+    gradients.start(begin);
     for (int64_t row = begin; row < end; ++row) {
-      if (row + kInFlight < end) gradients.prefetch(row + kInFlight);
       const Real* sum = gradients.sum(row, widths[row], scratch.data());
       copy(static_cast<int>(starts[row + 1] - starts[row]), sum, grad_values + starts[row]);
     }
@@ -57,8 +57,8 @@ void pool_weights_backward(const Bags& bags, const Real* grad_out, const Real* v
 void lookup_norms(const Bags& bags, const float* grad_out, int64_t rows, float* norms) {
   const BagGradients<float> gradients(bags, grad_out, rows, false);
   for_each_range(rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
+    gradients.start(begin);
     for (int64_t row = begin; row < end; ++row) {
-      if (row + kInFlight < end) gradients.prefetch(row + kInFlight);
       norms[row] = 0;
       gradients.for_each_lookup(
           row, [&](float factor, const float* g) { norms[row] += std::abs(factor) * std::sqrt(sum_of_squares(bags.dim(), g)); });

@@ -78,7 +78,7 @@ class Pools {
 
   // Both take kAbsent too, and do nothing then.
   [[gnu::always_inline]] void prefetch_header(uint32_t address) const {
-    if (address != kAbsent) __builtin_prefetch(row(address));
+    if (address != kAbsent) prefetch(row(address), sizeof(RowHeader));
   }
   [[gnu::always_inline]] void prefetch_row(uint32_t address) const {
     if (address != kAbsent) prefetch(row(address), pools_[uint64_t{address} >> position_bits_].stride);

@@ -15,7 +15,8 @@ namespace fiited {
 namespace {
 
 constexpr int64_t kKeysPerTask = 2048;
-constexpr int kLowerAt = 16;        // octaves of decay after which all importances are scaled down
+constexpr uint32_t kRoundBlock = 32;  // rows of a round that are decided together, before the first of them moves
+constexpr int kLowerAt = 16;          // octaves of decay after which all importances are scaled down
 constexpr uint64_t kAllKeys = 1ull << 32;
 
 int64_t counter_bytes(const ShardConfig& config) {
@@ -148,17 +149,17 @@ class ShardOf final : public Shard {
     set_cuts();
     int64_t growth = 0;
     for (int width = layout_.chunks; width >= 1; --width) {
-      for (uint32_t at = pools_.count(width); at-- > 0;) {
-        const uint32_t address = pools_.address_of(width, at);
-        const int wanted = width_of(pools_.header(address).importance * unscale_, cuts_.data(), layout_.chunks);
-        if (wanted == 0) {
-          evict(address);
-        } else if (wanted < width) {
-          move(address, wanted);
-        } else {
-          growth += row_bytes_[wanted] - row_bytes_[width];
-        }
-      }
+      for_each_row_backwards(
+          width, [&](int wanted) { return wanted < width; },
+          [&](uint32_t address, int wanted) {
+            if (wanted == 0) {
+              evict(address);
+            } else if (wanted < width) {
+              move(address, wanted);
+            } else {
+              growth += row_bytes_[wanted] - row_bytes_[width];
+            }
+          });
     }
     index_.shrink(key_at());
     return growth;
@@ -166,11 +167,10 @@ class ShardOf final : public Shard {
 
   void grow() override {
     for (int width = layout_.chunks - 1; width >= 1; --width) {
-      for (uint32_t at = pools_.count(width); at-- > 0;) {
-        const uint32_t address = pools_.address_of(width, at);
-        const int wanted = width_of(pools_.header(address).importance * unscale_, cuts_.data(), layout_.chunks);
-        if (wanted > width) move(address, wanted);
-      }
+      const auto grows = [&](int wanted) { return wanted > width; };
+      for_each_row_backwards(width, grows, [&](uint32_t address, int wanted) {
+        if (grows(wanted)) move(address, wanted);
+      });
     }
   }
 
@@ -294,6 +294,28 @@ class ShardOf final : public Shard {
     void prefetch(uint32_t address) const { pools->prefetch_header(address); }
   };
   KeyAt key_at() const { return {&pools_}; }
+
+  // Visits the rows of a width, last one first, with the width that their importance earns them. `visit` may take its row out: the
+  // pool's last row, which has been visited, then moves into its place. What rows that `changes` touch in the index and the sketch is
+  // fetched ahead.
+  template <class Changes, class Visit>
+  void for_each_row_backwards(int width, Changes&& changes, Visit&& visit) {
+    int wanted[kRoundBlock];
+    for (uint32_t end = pools_.count(width); end > 0;) {
+      const uint32_t begin = end > kRoundBlock ? end - kRoundBlock : 0;
+      uint32_t last = pools_.count(width);
+      for (uint32_t at = end; at-- > begin;) {
+        const RowHeader& header = pools_.header(pools_.address_of(width, at));
+        wanted[at - begin] = width_of(header.importance * unscale_, cuts_.data(), layout_.chunks);
+        if (!changes(wanted[at - begin])) continue;
+        index_.prefetch(header.key);
+        if (wanted[at - begin] == 0) sketch_.prefetch(header.key);
+        index_.prefetch(pools_.header(pools_.address_of(width, --last)).key);  // the row that will take its place
+      }
+      for (uint32_t at = end; at-- > begin;) visit(pools_.address_of(width, at), wanted[at - begin]);
+      end = begin;
+    }
+  }
 
   // Small fixed parts that do not come from memory_.
   int64_t uncounted_bytes() const { return Index::directory_bytes(config_.partitions_log2()) + counter_bytes(config_); }
@@ -445,13 +467,14 @@ class ShardOf final : public Shard {
     for_each_range(rows.n, kKeysPerTask, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch((layout_.chunks + 1) * layout_.chunk);
       StepConstants mine = constants;
+      const int32_t ahead = ahead_of(layout_.stride(layout_.chunks));
       const auto fetch = [&](int64_t at) __attribute__((always_inline)) {
-        for (int64_t i = at; i < std::min(end, at + kInFlight); ++i) pools_.prefetch_row(rows.addresses[i]);
-        for (int64_t i = at; i < std::min(end, at + kInFlight); ++i) gradients.prefetch(i);
+        for (int64_t i = at; i < std::min(end, at + ahead); ++i) pools_.prefetch_row(rows.addresses[i]);
       };
+      gradients.start(begin);
       fetch(begin);
       for (int64_t i = begin; i < end; ++i) {
-        if ((i - begin) % kInFlight == 0) fetch(i + kInFlight);
+        if ((i - begin) % ahead == 0) fetch(i + ahead);
         const uint32_t address = rows.addresses[i];
         const auto key = static_cast<uint64_t>(rows.keys[i]);
         const int width = rows.widths[i];

@@ -26,7 +26,10 @@ def load() -> None:
 
 
 def _find() -> Path:
-    """The library beside this package, or in the installed distribution when this copy of the sources has none (a submitted job's)."""
+    """The library beside this package, or in the installed distribution when this copy of the sources has none (a submitted job's).
+
+    Of the builds there, the one for the widest vector instructions that torch finds on this machine.
+    """
     folders = [Path(__file__).parent.parent]
     try:
         distribution = importlib.metadata.distribution("fiited-ray")
@@ -36,9 +39,11 @@ def _find() -> Path:
             folders += [Path(_source_folder(direct)) / "fiited_ray"]
     except importlib.metadata.PackageNotFoundError:
         pass
+    builds = {"AVX512": ("_C_avx512.so", "_C_avx2.so"), "AVX2": ("_C_avx2.so",)}.get(torch.backends.cpu.get_cpu_capability(), ())
     for folder in folders:
-        for library in sorted(folder.glob("_C*.so")):
-            return library
+        for library in (folder / name for name in (*builds, "_C.so")):
+            if library.exists():
+                return library
     raise ImportError(
         f"the compiled kernels are missing in {' and '.join(map(str, folders))}; build them with `pip install --no-build-isolation -e .`"
     )

@@ -104,11 +104,12 @@ def test_rows_are_read_in_the_order_asked_for() -> None:
 def test_a_lookup_from_before_a_round_is_refused(act: str) -> None:
     shard = trained(make_spec(), pooled=True)
     found, bags = looked_up(shard, 9, False, False, 9)
+    grad = torch.zeros(BATCH, FEATURES, shard.spec.dim)
+    acts = {
+        "read": lambda: shard.read(found),
+        "pool": lambda: shard.pool(found, bags),
+        "update": lambda: shard.update_pooled(found, grad, bags, None, 0.1, 10),
+    }
     shard.resize(1e6)
     with pytest.raises(RuntimeError, match="look up again after a round"):
-        if act == "read":
-            shard.read(found)
-        elif act == "pool":
-            shard.pool(found, bags)
-        else:
-            shard.update_pooled(found, torch.zeros(BATCH, FEATURES, shard.spec.dim), bags, None, 0.1, 10)
+        acts[act]()
