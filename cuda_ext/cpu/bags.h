@@ -108,7 +108,7 @@ class BagGradients {
 
   void start(int64_t row) const { fetch(starts_[row], (starts_[row] / ahead_ + 2) * ahead_); }
 
-  // The sum, in `scratch` [dim + chunk] or wherever it already stands.
+  // The sum, in `scratch` [dim] or wherever it already stands.
   const Real* sum(int64_t row, int width, Real* scratch) const {
     const int live = width * chunk_;
     const bool folds = fold_ && live < dim_;
@@ -118,15 +118,22 @@ class BagGradients {
       fetch_after(begin);
       return gradient(begin);
     }
-    std::fill_n(scratch, live + (folds ? chunk_ : 0), Real(0));
-    for_each_lookup(row, [&](Real factor, const Real* g) {
-      if (factors_) {
-        add_scaled(live, factor, g, scratch);
-      } else {
-        add(live, g, scratch);
-      }
-      for (int dim = live; folds && dim < dim_; dim += chunk_) add_folded(dim, factor, g, scratch + live);
-    });
+    const int wanted = folds ? dim_ : live;
+    const Real* sum = scratch;
+    if (end - begin == 1 && !factors_) {
+      fetch_after(begin);
+      sum = gradient(begin);
+    } else {
+      std::fill_n(scratch, wanted, Real(0));
+      for_each_lookup(row, [&](Real factor, const Real* g) {
+        if (factors_) {
+          add_scaled(wanted, factor, g, scratch);
+        } else {
+          add(wanted, g, scratch);
+        }
+      });
+    }
+    if (folds) fold(sum, live, scratch);
     return scratch;
   }
 
@@ -149,9 +156,16 @@ class BagGradients {
     if (at % ahead_ == 0) fetch(at + ahead_, at + 2 * ahead_);
   }
 
-  void add_folded(int dim, Real factor, const Real* __restrict g, Real* __restrict to) const {
-    const float* __restrict signs = signs_.data() + dim;
-    for_each_dim(chunk_, [&](int i) { to[i] += factor * static_cast<Real>(signs[i]) * g[dim + i]; });
+  // The live dimensions and, behind them, the others folded into one chunk; `to` may be `g`.
+  void fold(const Real* g, int live, Real* to) const {
+    if (g != to) copy(live, g, to);
+    Real* const folded = to + live;
+    for_each_dim(chunk_, [&](int i) { folded[i] = static_cast<Real>(signs_[live + i]) * g[live + i]; });
+    for (int dim = live + chunk_; dim < dim_; dim += chunk_) {
+      const Real* const more = g + dim;
+      const float* const signs = signs_.data() + dim;
+      for_each_dim(chunk_, [&](int i) { folded[i] += static_cast<Real>(signs[i]) * more[i]; });
+    }
   }
 
   int chunk_;

@@ -465,7 +465,7 @@ class ShardOf final : public Shard {
     std::atomic<int64_t> moved{rows.n};                       // the first row that is not where it was
     std::atomic<int64_t> infinite{rows.n};                    // the first row whose gradient is not finite
     for_each_range(rows.n, kKeysPerTask, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch((layout_.chunks + 1) * layout_.chunk);
+      std::vector<float> scratch(layout_.chunks * layout_.chunk);
       StepConstants mine = constants;
       const int32_t ahead = ahead_of(layout_.stride(layout_.chunks));
       const auto fetch = [&](int64_t at) __attribute__((always_inline)) {
