@@ -67,6 +67,13 @@ def test_bytes_of_all_shards_stay_below_the_budget_at_every_step(two: list[dict]
     assert two[0]["metrics"]["bytes/total"] > 0.9 * BUDGET  # and the budget is used
 
 
+def test_routing_ahead_of_the_step_changes_no_loss_no_width_and_no_byte(config: Config, two: list[dict]) -> None:
+    ahead = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=2, overlap=1))
+    for mine, exact in zip(run_workers.run(ahead, BUDGET, 2), two, strict=True):
+        for name in ("losses", "widths", "totals", "bytes_sent"):
+            assert mine[name] == exact[name]
+
+
 def test_narrow_rows_send_fewer_bytes(config: Config) -> None:
     short = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=2, max_steps=60))
     wide = run_workers.run(short, None, 2)[0]["bytes_sent"]
