@@ -3,8 +3,8 @@
     python benchmarks/overlap.py --config jobs/configs/synthetic.yaml --json FILE [key=value ...]
 
 Workers are plain processes on gloo that read Parquet directly; the batch and the budget are those of the configuration whatever their
-number. Seconds a step by phase are the first worker's, and `ahead` is what its thread did beside the step. Losses must be the same in
-every run of a setup, bit for bit: that is checked.
+number. Times a step are the first worker's; `ahead` is what its thread did beside the step, and the CPU time of the loop's own thread is
+what a step cannot be shorter than, however busy the machine is. Losses must be the same in every run of a setup, bit for bit: that is checked.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,11 +56,13 @@ def measure(rank: int, plan: Plan, workers: int, threads: int, turns: int, folde
             decider = GroupDecider(config) if workers > 1 else LocalDecider(config.policy)
             worker = Worker(config, plan.budget_bytes, make_exchange(), decider)
             size = config.train.batch_size
+            before = time.thread_time()
             metrics = train(worker, lambda: parquet_batches(plan.files, config.data, size, rank=rank, workers=workers))  # noqa: B023
+            loop_cpu = (time.thread_time() - before) / worker.step
             seconds = {name: sum(series) / len(series) for name, series in worker.history.values.items() if name[:5] in ("time/", "ahead")}
             speed = metrics["speed/samples_per_s_of_run"]
             if turn:
-                runs.append({"overlap": overlap, "samples_per_s": speed, "seconds": seconds, "losses": worker.losses})
+                runs.append({"overlap": overlap, "samples_per_s": speed, "seconds": seconds, "loop_cpu": loop_cpu, "losses": worker.losses})
     (Path(folder) / f"{rank}.json").write_text(json.dumps(runs))
 
 
@@ -73,7 +76,13 @@ def compare(plan: Plan, workers: int, threads: int, turns: int) -> dict[str, Any
         mine = [run for run in runs if run["overlap"] == overlap]
         speeds = [run["samples_per_s"] for run in mine]
         phases = {phase: median(run["seconds"][phase] for run in mine) for phase in mine[0]["seconds"]}
-        row[f"overlap_{overlap}"] = {"samples_per_s": median(speeds), "least": min(speeds), "most": max(speeds), "seconds": phases}
+        row[f"overlap_{overlap}"] = {
+            "samples_per_s": median(speeds),
+            "least": min(speeds),
+            "most": max(speeds),
+            "loop_cpu_seconds": median(run["loop_cpu"] for run in mine),
+            "seconds": phases,
+        }
     row["speedup"] = row["overlap_1"]["samples_per_s"] / row["overlap_0"]["samples_per_s"]
     return row
 
@@ -88,7 +97,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     plan = make_plan(load(arguments.config, arguments.overrides))
     print(plan.describe())
-    print(f"{'workers x threads':<19}{'overlap':>8}{'samples/s':>11}{'least - most':>18}  milliseconds a step")
+    print(f"{'workers x threads':<19}{'overlap':>8}{'samples/s':>11}{'least - most':>18}{'CPU ms of loop':>16}  ms a step by phase")
     rows = []
     for setup in arguments.setups:
         workers, threads = map(int, setup.split("x"))
@@ -97,7 +106,7 @@ def main() -> int:
             cell = row[f"overlap_{overlap}"]
             spread = f"{cell['least']:,.0f} - {cell['most']:,.0f}"
             phases = ", ".join(f"{name.removeprefix('time/')} {1000 * seconds:.1f}" for name, seconds in cell["seconds"].items())
-            print(f"{setup:<19}{overlap:>8}{cell['samples_per_s']:>11,.0f}{spread:>18}  {phases}")
+            print(f"{setup:<19}{overlap:>8}{cell['samples_per_s']:>11,.0f}{spread:>18}{1000 * cell['loop_cpu_seconds']:>16.1f}  {phases}")
         print(f"{'':<19}speedup {row['speedup']:.3f}; losses {'the same' if row['same_losses'] else 'DIFFER'}", flush=True)
     if arguments.json:
         arguments.json.write_text(
