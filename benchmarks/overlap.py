@@ -4,7 +4,8 @@
 
 Workers are plain processes on gloo that read Parquet directly; the batch and the budget are those of the configuration whatever their
 number. Times a step are the first worker's; `ahead` is what its thread did beside the step, and the CPU time of the loop's own thread is
-what a step cannot be shorter than, however busy the machine is. Losses must be the same in every run of a setup, bit for bit: that is checked.
+what a step cannot be shorter than, however busy the machine is. Losses must be the same in every run of a setup, bit for bit: that is
+checked.
 """
 
 from __future__ import annotations
