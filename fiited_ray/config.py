@@ -227,9 +227,11 @@ class TrainConfig:
     lr: float = 0.001
     eval_every: int | None = None  # steps; the test set is always scored at the end
     progressive: bool = False  # score each batch before learning from it
+    overlap: int = 0  # 1: check and route the next batch in a thread while this one is in the model; results are the same
 
     def __post_init__(self) -> None:
         _require(self.workers > 0 and self.threads > 0, "train: workers and threads must be above 0", (self.workers, self.threads))
+        _require(self.overlap in (0, 1), "train.overlap must be 0 or 1", self.overlap)
         _require(self.workers <= 1024, "train.workers: at most 1024, one for each virtual bucket", self.workers)
         _require(self.batch_size >= self.workers, "train.batch_size must give each worker a row", self.batch_size)
         _require(self.epochs > 0, "train.epochs must be above 0", self.epochs)

@@ -4,11 +4,12 @@
     vectors <- pad and pool <- all-to-all, ragged at live width <-'
     gradient of the vectors -> live dimensions and a folded rest -> all-to-all -> summed -> fused update
 
-Shapes: B rows, F features, N lookups, U distinct keys here, M keys asked of this worker, D dimensions.
+Shapes: B rows, F features, N lookups, U distinct keys here, M keys asked of this worker, M' of them distinct, D dimensions.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +31,10 @@ _SPARE_ROWS = 64  # room for shards where more than the even part of the rows as
 
 @dataclass
 class PhaseTimes:
-    """Seconds by phase since the last reset."""
+    """Seconds by phase since they were last taken; one thread may add while another takes."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -40,30 +42,48 @@ class PhaseTimes:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            with self._lock:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """What there is; counting goes on from 0, also in a phase that then does not occur."""
+        with self._lock:
+            taken, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
+        return taken
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What all workers together know at the start of a step."""
+    """What all workers together know of their stores at the start of a step."""
 
-    rows: int  # of the global batch
-    lookups: int
     planned_bytes: int
     refused: int  # times a row was turned away for want of room since the last round
     asked_bytes: int  # of rows worth having, let in or not, since the start
 
 
 @dataclass(frozen=True)
-class _Routed:
-    """One lookup's way, kept for its backward."""
+class Route:
+    """Which worker asks which for which keys of one batch. It follows from the data alone, so that it can be made ahead of the step."""
 
+    rows: int  # of the global batch
+    lookups: int  # of the global batch
+    inverse: Tensor  # int32 [N]: position among the U
+    send: list[int]  # of the U keys, how many each worker owns
+    receive: list[int]  # of the M keys, how many each worker asks for
+    keys: Tensor  # int64 [M']: distinct keys asked of this worker; their tables and counts
+    tables: Tensor  # int32 [M']
+    counts: Tensor  # int32 [M']
+    owner_inverse: Tensor | None  # int32 [M]: position among the M'; None where there is one worker and nothing to merge
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One lookup, kept for its backward."""
+
+    route: Route
     found: Lookup  # of the M' distinct keys this worker owns
-    owner_inverse: Tensor | None  # int32 [M]; None where there is one worker and nothing to merge
     widths: Tensor  # uint8 [U]
     bags: ops.Bags
-    send: list[int]
-    receive: list[int]
     quota: int
 
 
@@ -107,14 +127,47 @@ class ShardedEmbedding(nn.Module):
         self._peak_bytes = 0
         self._full_row_bytes = shard.spec.plan()[1][-1]
         self._anchor = torch.zeros((), requires_grad=True)  # gives autograd a reason to call the backward
-        self.register_buffer("_feature_tables", torch.tensor(feature_tables, dtype=torch.int32), persistent=False)
+        self._tables: Tensor  # int32 [F]
+        self.register_buffer("_tables", torch.tensor(feature_tables, dtype=torch.int32), persistent=False)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Vectors float32 [B, F, D]; ids without a row read as zeros. All workers must call this together."""
-        pooled, routed = self._read(batch)
+    def route(self, batch: Batch, exchange: Exchange | None = None) -> Route:
+        """First half of a reading, which does not touch the store: dedup, and tell the owners. All workers must call this together.
+
+        Args:
+            exchange: the way to take; a thread other than the training loop's needs one of its own.
+        """
+        exchange = exchange or self.exchange
+        features = len(self._tables)
+        rows = (batch.offsets.numel() - 1) // features
+        ends = batch.offsets[rows::rows] if rows else torch.zeros(features, dtype=torch.int64)
+        local = ops.dedup_ids(batch.ids, ends.contiguous(), self._tables, self.shard.spec.seed, exchange.workers)
+        if exchange.workers == 1:
+            all_of_them = [len(local.keys)]
+            return Route(rows, len(batch.ids), local.inverse, all_of_them, all_of_them, local.keys, local.tables, local.counts, None)
+        send = local.splits.tolist()
+        ones = [1] * exchange.workers
+        told = exchange.all_to_all(torch.tensor([[count, rows, len(batch.ids)] for count in send]), ones, ones)
+        receive = told[:, 0].tolist()
+        wanted = torch.stack([local.keys, (local.tables.long() << 32) | local.counts.long()], 1)
+        asked = exchange.all_to_all(wanted, send, receive)
+        merged = ops.dedup_keys(asked[:, 0].contiguous(), (asked[:, 1] >> 32).int(), asked[:, 1].int())
+        all_rows, all_lookups = told[:, 1:].sum(0).tolist()
+        return Route(all_rows, all_lookups, local.inverse, send, receive, *merged)
+
+    def forward(self, batch: Batch, route: Route | None = None) -> Tensor:
+        """Vectors float32 [B, F, D]; ids without a row read as zeros. All workers must call this together.
+
+        Args:
+            route: the batch's, where it has been made ahead.
+        """
+        if route is None:
+            with self.times.phase("route"):
+                route = self.route(batch)
+        with self.times.phase("gather"):
+            pooled, reading = self._read(batch, route)
         if not self.training:
             return pooled
-        return cast(Tensor, _Update.apply(pooled, self._anchor, self, routed))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _Update.apply(pooled, self._anchor, self, reading))  # type: ignore[no-untyped-call]
 
     @property
     def crowded(self) -> bool:
@@ -126,52 +179,34 @@ class ShardedEmbedding(nn.Module):
         peak, self._peak_bytes = self._peak_bytes, 0
         return peak
 
-    def _read(self, batch: Batch) -> tuple[Tensor, _Routed]:
-        feature_tables = cast(Tensor, self._feature_tables)
-        features = len(feature_tables)
-        rows = (batch.offsets.numel() - 1) // features
-        with self.times.phase("route"):
-            ends = batch.offsets[rows::rows] if rows else torch.zeros(features, dtype=torch.int64)
-            local = ops.dedup_ids(batch.ids, ends.contiguous(), feature_tables, self.shard.spec.seed, self.exchange.workers)
-            send = local.splits.tolist()
-            receive, totals = self._greet(send, rows, batch.ids.numel())
-            keys, tables, counts, owner_inverse = self._ask(local, send, receive)
-        with self.times.phase("gather"):
-            if self.training:
-                self.step += 1
-            quota = self._quota(totals) if self.training else 0
-            found = self.shard.lookup(keys, tables, counts, training=self.training, step=self.step, quota=quota)
-            spec = self.shard.spec
-            bags = ops.Bags(local.inverse, batch.offsets, batch.weights, features, self.mean, spec.chunk, spec.chunks)
-            if owner_inverse is None:
-                widths, pooled = found.widths, self.shard.pool(found, bags)
-            else:
-                widths, values = self._answer(found, owner_inverse, send, receive)
-                pooled = ops.pool(values, widths, bags)
-        return pooled, _Routed(found, owner_inverse, widths, bags, send, receive, quota)
+    def _read(self, batch: Batch, route: Route) -> tuple[Tensor, _Reading]:
+        quota = self._open_step(route) if self.training else 0
+        found = self.shard.lookup(route.keys, route.tables, route.counts, training=self.training, step=self.step, quota=quota)
+        spec = self.shard.spec
+        bags = ops.Bags(route.inverse, batch.offsets, batch.weights, len(self._tables), self.mean, spec.chunk, spec.chunks)
+        if route.owner_inverse is None:
+            widths, pooled = found.widths, self.shard.pool(found, bags)
+        else:
+            widths, values = self._answer(found, route.owner_inverse, route.send, route.receive)
+            pooled = ops.pool(values, widths, bags)
+        return pooled, _Reading(route, found, widths, bags, quota)
 
-    def _greet(self, send: list[int], rows: int, lookups: int) -> tuple[list[int], StepTotals]:
-        """Tell every worker how many keys it will be asked for, and share the totals."""
+    def _open_step(self, route: Route) -> int:
+        """Share what the stores hold, deal the room that is left, an even part to each; returns the step's quota.
+
+        This belongs to the step and not to its route: limits follow from what the last step and the last round have left.
+        """
+        self.step += 1
         stats = self.shard.stats()
         self._peak_bytes = max(self._peak_bytes, stats.peak)
-        mine = [rows, lookups, stats.planned, stats.refused, stats.asked_bytes]
-        table = torch.tensor([[count, *mine] for count in send])
-        ones = [1] * self.exchange.workers
-        told = self.exchange.all_to_all(table, ones, ones)
-        totals = StepTotals(*told[:, 1:].sum(0).tolist())
-        if self.training and self.budget_bytes is not None:  # an even part of the room that is left goes to each shard
+        mine = torch.tensor([stats.planned, stats.refused, stats.asked_bytes])
+        totals = StepTotals(*self.exchange.all_reduce(mine).tolist())
+        if self.budget_bytes is not None:
             limit = shard_limit(self.budget_bytes, stats.planned, totals.planned_bytes, self.exchange.workers, self.ceiling_bytes)
             self.shard.set_limit(limit)
-        return told[:, 0].tolist(), totals
+        return self._quota(totals, route.lookups)
 
-    def _ask(self, local: ops.Deduped, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        if self.exchange.workers == 1:
-            return local.keys, local.tables, local.counts, None
-        wanted = torch.stack([local.keys, (local.tables.long() << 32) | local.counts.long()], 1)
-        asked = self.exchange.all_to_all(wanted, send, receive)
-        return ops.dedup_keys(asked[:, 0].contiguous(), (asked[:, 1] >> 32).int(), asked[:, 1].int())
-
-    def _quota(self, totals: StepTotals) -> int:
+    def _quota(self, totals: StepTotals, lookups: int) -> int:
         """Share, of 2**32, of the keys worth a row that may get one at this step without passing the budget.
 
         It follows from the totals alone, so that the rows let in do not depend on the number of workers: the room there is against
@@ -181,7 +216,7 @@ class ShardedEmbedding(nn.Module):
         if self.budget_bytes is None:
             return ALL_KEYS
         room = self.budget_bytes - totals.planned_bytes - _SPARE_ROWS * self._full_row_bytes
-        asked = totals.asked_bytes - before.asked_bytes if before else totals.lookups * self._full_row_bytes
+        asked = totals.asked_bytes - before.asked_bytes if before else lookups * self._full_row_bytes
         return min(ALL_KEYS, max(0, room) * ALL_KEYS // max(1, int(_MORE * asked)))
 
     def _answer(self, found: Lookup, owner_inverse: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor]:
@@ -194,45 +229,45 @@ class ShardedEmbedding(nn.Module):
         value_receive = splits(widths.long() * chunk, send)
         return widths, self.exchange.all_to_all(values, value_send, value_receive)
 
-    def _learn(self, grad_pooled: Tensor, routed: _Routed) -> None:
+    def _learn(self, grad_pooled: Tensor, reading: _Reading) -> None:
         """Take the gradient of the pooled vectors [B, F, D] to the rows' owners, who update."""
-        spec = self.shard.spec
+        spec, route = self.shard.spec, reading.route
         grad_pooled = grad_pooled.contiguous()
         if self.exchange.workers == 1:
             with self.times.phase("update"):
-                norms = self._lookup_norms(grad_pooled, routed)
-                self.shard.update_pooled(routed.found, grad_pooled, routed.bags, norms, self.lr, self.step, routed.quota)
+                norms = self._lookup_norms(grad_pooled, reading)
+                self.shard.update_pooled(reading.found, grad_pooled, reading.bags, norms, self.lr, self.step, reading.quota)
             return
-        assert routed.owner_inverse is not None
+        assert route.owner_inverse is not None
         with self.times.phase("route"):
             grad_pooled = grad_pooled / self.exchange.workers
-            gradients = ops.wire_gradients(grad_pooled, routed.widths, routed.bags)
-            norms = self._lookup_norms(grad_pooled, routed)
-            asked_widths = routed.found.widths[routed.owner_inverse]
-            send = splits(ops.gradient_sizes(routed.widths, spec.chunk, spec.chunks), routed.send)
-            receive = splits(ops.gradient_sizes(asked_widths, spec.chunk, spec.chunks), routed.receive)
+            gradients = ops.wire_gradients(grad_pooled, reading.widths, reading.bags)
+            norms = self._lookup_norms(grad_pooled, reading)
+            asked_widths = reading.found.widths[route.owner_inverse]
+            send = splits(ops.gradient_sizes(reading.widths, spec.chunk, spec.chunks), route.send)
+            receive = splits(ops.gradient_sizes(asked_widths, spec.chunk, spec.chunks), route.receive)
             arrived = self.exchange.all_to_all(gradients, send, receive)
             if norms is not None:
-                arrived_norms = self.exchange.all_to_all(norms, routed.send, routed.receive)
-                norms = torch.zeros(routed.found.widths.numel()).index_add_(0, routed.owner_inverse, arrived_norms)
+                arrived_norms = self.exchange.all_to_all(norms, route.send, route.receive)
+                norms = torch.zeros(reading.found.widths.numel()).index_add_(0, route.owner_inverse, arrived_norms)
         with self.times.phase("update"):
-            self.shard.update(routed.found, arrived, norms, self.lr, self.step, routed.quota, routed.owner_inverse)
+            self.shard.update(reading.found, arrived, norms, self.lr, self.step, reading.quota, route.owner_inverse)
 
-    def _lookup_norms(self, grad_pooled: Tensor, routed: _Routed) -> Tensor | None:
+    def _lookup_norms(self, grad_pooled: Tensor, reading: _Reading) -> Tensor | None:
         if self.shard.spec.importance != "lookup_norm_sum":
             return None
-        return ops.lookup_norms(grad_pooled, routed.widths.numel(), routed.bags)
+        return ops.lookup_norms(grad_pooled, reading.widths.numel(), reading.bags)
 
 
 class _Update(torch.autograd.Function):
     """Passes the pooled vectors on, and hands their gradient to the store."""
 
     @staticmethod
-    def forward(ctx: Any, pooled: Tensor, anchor: Tensor, module: ShardedEmbedding, routed: _Routed) -> Tensor:
-        ctx.module, ctx.routed = module, routed
+    def forward(ctx: Any, pooled: Tensor, anchor: Tensor, module: ShardedEmbedding, reading: _Reading) -> Tensor:
+        ctx.module, ctx.reading = module, reading
         return pooled.view_as(pooled)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
-        ctx.module._learn(grads[0], ctx.routed)
+        ctx.module._learn(grads[0], ctx.reading)
         return None, None, None, None

@@ -22,6 +22,9 @@ class Exchange(Protocol):
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over all workers."""
 
+    def another(self) -> Exchange:
+        """A second way between the same workers, for another thread: its operations cannot cross those of this one."""
+
 
 class Solo:
     """One worker: nothing to exchange."""
@@ -35,6 +38,9 @@ class Solo:
 
     def all_reduce(self, values: Tensor) -> Tensor:
         return values
+
+    def another(self) -> Solo:
+        return Solo()
 
 
 class Group:
@@ -61,6 +67,9 @@ class Group:
         out = values.clone()
         dist.all_reduce(out, group=self.group)
         return out
+
+    def another(self) -> Group:
+        return Group(dist.new_group(dist.get_process_group_ranks(self.group)))
 
 
 def make_exchange() -> Exchange:

@@ -124,7 +124,8 @@ def hit_rate(steps: Sequence[int], values: Series, title: str) -> Figure:
 def time_by_phase(steps: Sequence[int], values: Series, title: str) -> Figure:
     """Milliseconds a step spends in each phase, on rank 0."""
     figure, axes = _figure(f"Time by phase{title}", "step", "ms per step")
-    phases = [name for name in ("time/data", "time/route", "time/gather", "time/model", "time/update", "time/round") if name in values]
+    order = ("time/data", "time/wait", "time/route", "time/gather", "time/model", "time/update", "time/round")
+    phases = [name for name in order if name in values]  # data, or wait where it is read and routed ahead
     stacks = [1000 * np.nan_to_num(np.asarray(values[name])) for name in phases]
     axes.stackplot(steps, stacks, labels=[name.removeprefix("time/") for name in phases], colors=[GREY, ORANGE, SKY, BLUE, GREEN, RED])
     axes.set_ylim(0, 1.6 * float(np.median(np.sum(stacks, 0))))  # the first steps wait for the data to start

@@ -157,6 +157,7 @@ def test_budget_as_a_share_survives_its_own_text(part: int, whole: int) -> None:
         (TrainConfig, {"epochs": 0}, "train.epochs must be above 0"),
         (TrainConfig, {"max_steps": 0}, "train.max_steps must be above 0"),
         (TrainConfig, {"eval_every": 0}, "train.eval_every must be above 0"),
+        (TrainConfig, {"overlap": 2}, "train.overlap must be 0 or 1"),
         (TrainConfig, {"lr": -0.1}, "train.lr must be above 0"),
         (TrackingConfig, {"uri": "file:///tmp/mlruns"}, "tracking.uri: MLflow no longer takes file: stores"),
         (TrackingConfig, {"log_every": 0}, "tracking.log_every must be above 0"),
@@ -376,7 +377,7 @@ def full_config() -> Config:
         embedding=EmbeddingConfig(64, 16, "sum", "adam", 0.1, 1e-8, (0.8, 0.99), "bfloat16", 0.02, 0.3, 0.001),
         policy=PolicyConfig(5.0, "norm", 1.5, 0.99, 50, 5, 0.02, 0.1, 0.03, 10**9),
         model=ModelConfig("dcnv2", (32,), (16,), 2, 8),
-        train=TrainConfig(1, 2, True, 512, 1, 100, "sgd", 0.01, 10, True),
+        train=TrainConfig(1, 2, True, 512, 1, 100, "sgd", 0.01, 10, True, 1),
         tracking=TrackingConfig("sqlite:///other.db", "other", 5),
     )
 

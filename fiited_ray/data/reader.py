@@ -6,8 +6,6 @@ short, and a worker may find itself with no row in it, so that all workers take 
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fiited_ray.ahead import ahead
 from fiited_ray.config import DataConfig
 from fiited_ray.data.batch import Batch, DataError
 from fiited_ray.data.collate import Collator
@@ -50,7 +49,7 @@ def parquet_batches(
     collate = Collator(config)
     tables = (_slice(table, rank, workers) for table in _global_batches(files, config, batch_size, max_rows))
     batches = _collated(tables, collate, batch_size, files.locate)
-    return _ahead(batches) if prefetch else batches
+    return ahead(batches, _PREFETCH, "batches") if prefetch else batches
 
 
 def ray_dataset(files: Files, config: DataConfig, max_rows: int | None = None) -> ray.data.Dataset:
@@ -77,7 +76,7 @@ def ray_batches(shard: ray.data.DataIterator, config: DataConfig, batch_size: in
     collate = Collator(config)
     tables = shard.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=_PREFETCH)
     slices = (_slice(table, rank, workers) for table in tables)
-    return _ahead(_collated(slices, collate, batch_size, lambda row: f"row {row} in reading order"))
+    return ahead(_collated(slices, collate, batch_size, lambda row: f"row {row} in reading order"), _PREFETCH, "batches")
 
 
 def _collated(slices: Iterator[tuple[pa.Table, int]], collate: Collator, batch_size: int, locate: Callable[[int], str]) -> Iterator[Batch]:
@@ -171,36 +170,3 @@ def _slice(table: pa.Table, rank: int, workers: int) -> tuple[pa.Table, int]:
     rows = table.num_rows
     begin = rank * rows // workers
     return table.slice(begin, (rank + 1) * rows // workers - begin), begin
-
-
-def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Make batches in a thread, a few ahead of their use; its errors come out here."""
-    made: queue.Queue[Batch | BaseException | None] = queue.Queue(_PREFETCH)
-    stopped = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                made.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put(batch):
-                    return
-            put(None)
-        except BaseException as error:  # handed to the consumer, whatever it is
-            put(error)
-
-    threading.Thread(target=work, daemon=True, name="batches").start()
-    try:
-        while (item := made.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()

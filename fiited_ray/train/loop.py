@@ -1,4 +1,4 @@
-"""The worker's loop, top to bottom: batch -> vectors -> logits -> loss -> backward (which updates the store) -> now and then a round.
+"""The worker's loop, top to bottom: route -> vectors -> logits -> loss -> backward (which updates the store) -> now and then a round.
 
 Runs the same in a Ray Train worker and in a plain process; what differs comes in as arguments.
 """
@@ -6,19 +6,22 @@ Runs the same in a Ray Train worker and in a plain process; what differs comes i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from itertools import islice
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fiited_ray.ahead import ahead
 from fiited_ray.config import Config
 from fiited_ray.coordinator import Decider
 from fiited_ray.data.batch import Batch
-from fiited_ray.embedding import PhaseTimes, ShardedEmbedding
+from fiited_ray.embedding import PhaseTimes, Route, ShardedEmbedding
 from fiited_ray.exchange import Exchange
 from fiited_ray.models import build_model
 from fiited_ray.policy import Decision, RoundSchedule, RoundState, ShardReport, shard_limit
@@ -27,6 +30,7 @@ from fiited_ray.train.metrics import BinaryMetrics
 from fiited_ray.train.report import History, StoreTotals
 
 Batches = Callable[[], Iterable[Batch]]  # opens the data anew
+Item = TypeVar("Item")
 
 
 class Writer(Protocol):
@@ -53,6 +57,8 @@ class Worker:
         self.spec = ShardSpec.of(config, self.budget_bytes, self.exchange.rank, self.exchange.workers)
         self.shard = VhpiShard(self.spec)
         self.times = PhaseTimes()
+        self.times_ahead = PhaseTimes()  # of the thread that routes the next batch
+        self.exchange_ahead = self.exchange.another() if config.train.overlap else self.exchange
         mean = config.embedding.pooling == "mean"
         self.embedding = ShardedEmbedding(
             self.shard,
@@ -81,25 +87,30 @@ class Worker:
     def step(self) -> int:
         return self.embedding.step
 
+    @property
+    def bytes_sent(self) -> int:
+        """By the embedding to other workers; what has been sent ahead is in it."""
+        ahead_ = self.exchange_ahead.bytes_sent if self.exchange_ahead is not self.exchange else 0
+        return self.exchange.bytes_sent + ahead_
+
 
 def train(worker: Worker, batches: Batches, test: Batches | None = None) -> dict[str, float]:
     """Train for the configured epochs or steps; returns the final metrics, the same on every worker."""
     config = worker.config
     for _ in range(config.train.epochs):
         clock = time.perf_counter()
-        for batch in _timed(batches(), worker.times):
-            train_step(worker, batch)
-            if worker.schedule.due(worker.step, worker.embedding.crowded):
-                with worker.times.phase("round"):
-                    hold_round(worker)
-            if worker.step % config.tracking.log_every == 0:
-                report(worker)
-            worker.training_seconds += time.perf_counter() - clock
-            if test and config.train.eval_every and worker.step % config.train.eval_every == 0:
-                _log(worker, {f"eval/{name}": value for name, value in evaluate(worker, test()).items()})
-            if worker.step == config.train.max_steps:
-                break
-            clock = time.perf_counter()
+        with closing(_routed(worker, batches())) as routed:
+            for batch, route in routed:
+                train_step(worker, batch, route)
+                if worker.schedule.due(worker.step, worker.embedding.crowded):
+                    with worker.times.phase("round"):
+                        hold_round(worker)
+                if worker.step % config.tracking.log_every == 0:
+                    report(worker)
+                worker.training_seconds += time.perf_counter() - clock
+                if test and config.train.eval_every and worker.step % config.train.eval_every == 0:
+                    _log(worker, {f"eval/{name}": value for name, value in evaluate(worker, test()).items()})
+                clock = time.perf_counter()
         if worker.step == config.train.max_steps:
             break
     results = (
@@ -115,22 +126,19 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None) -> dict
     return worker.history.last | results
 
 
-def train_step(worker: Worker, batch: Batch) -> None:
+def train_step(worker: Worker, batch: Batch, route: Route) -> None:
     """Forward, backward and both updates on this worker's slice of a global batch.
 
     The loss is the mean over the global batch, so slices may differ in size or be empty: each worker's share is scaled such that
     averaging over workers, as DistributedDataParallel and the embedding do, gives that mean.
     """
-    batch.validate(worker.config.data.features, worker.config.data.dense)
     worker.model.train()
     worker.embedding.train()
-    vectors_BFD = worker.embedding(batch)
-    totals = worker.embedding.totals
-    assert totals is not None
+    vectors_BFD = worker.embedding(batch, route)
     with worker.times.phase("model"):
         logits_B = worker.model(batch.dense, vectors_BFD)
         loss_sum = nn.functional.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="sum")
-        loss = loss_sum * (worker.exchange.workers / max(1, totals.rows))
+        loss = loss_sum * (worker.exchange.workers / max(1, route.rows))
         worker.optimizer.zero_grad(set_to_none=True)
     inner = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update"))
     start = time.perf_counter()
@@ -143,8 +151,8 @@ def train_step(worker: Worker, batch: Batch) -> None:
     worker.window.update(scores, batch.labels)
     if worker.config.train.progressive:
         worker.progressive.update(scores, batch.labels)
-    worker.losses.append(float(loss_sum.detach()) / max(1, totals.rows))
-    worker.samples += totals.rows
+    worker.losses.append(float(loss_sum.detach()) / max(1, route.rows))
+    worker.samples += route.rows
 
 
 def hold_round(worker: Worker) -> None:
@@ -213,7 +221,7 @@ def evaluate(worker: Worker, batches: Iterable[Batch]) -> dict[str, float]:
 
 def report(worker: Worker) -> dict[str, float]:
     """Share and log what the last steps did; returns it, the same on every worker."""
-    now, sent = time.perf_counter(), worker.exchange.bytes_sent
+    now, sent = time.perf_counter(), worker.bytes_sent
     clock, samples, bytes_before = worker.window_start
     steps = max(1, len(worker.losses) - worker.history.reported)
     totals = StoreTotals.gather(worker.shard, worker.embedding.take_peak(), worker.exchange)
@@ -222,13 +230,13 @@ def report(worker: Worker) -> dict[str, float]:
     values["train/loss"] = float(losses.mean()) if len(losses) else float("nan")
     values |= totals.metrics(worker.config, worker.budget_bytes, worker.last_totals)
     values["wire/bytes_per_step"] = float(worker.exchange.all_reduce(torch.tensor([(sent - bytes_before) / steps]))[0])
-    values |= {f"time/{phase}": seconds / steps for phase, seconds in worker.times.seconds.items()}
+    values |= {f"time/{phase}": seconds / steps for phase, seconds in worker.times.take().items()}
+    values |= {f"ahead/{phase}": seconds / steps for phase, seconds in worker.times_ahead.take().items()}
     values["speed/samples_per_s"] = (worker.samples - samples) / max(1e-9, now - clock)
     worker.history.reported = len(worker.losses)
     worker.history.add(worker.step, values)
     worker.last_totals = totals
     worker.window_start = (now, worker.samples, sent)
-    worker.times.seconds.clear()
     worker.window.reset()
     _log(worker, values)
     worker.tell(
@@ -238,14 +246,36 @@ def report(worker: Worker) -> dict[str, float]:
     return values
 
 
-def _timed(batches: Iterable[Batch], times: PhaseTimes) -> Iterator[Batch]:
-    iterator = iter(batches)
+def _routed(worker: Worker, batches: Iterable[Batch]) -> Generator[tuple[Batch, Route], None, None]:
+    """Training batches, checked, with their routes; with `train.overlap` they are made in a thread, ahead of their step.
+
+    A route does not touch the store, so that it is the same whenever it is made.
+    """
+    most = worker.config.train.max_steps
+    batches = islice(batches, None if most is None else most - worker.step)  # a route is a collective: all workers make as many
+    if not worker.config.train.overlap:
+        yield from _route_each(worker, batches, worker.times)
+        return
+    with closing(ahead(_route_each(worker, batches, worker.times_ahead), 1, "routes")) as routed:
+        yield from _timed(routed, worker.times, "wait")
+
+
+def _route_each(worker: Worker, batches: Iterable[Batch], times: PhaseTimes) -> Iterator[tuple[Batch, Route]]:
+    for batch in _timed(batches, times, "data"):
+        with times.phase("route"):
+            batch.validate(worker.config.data.features, worker.config.data.dense)
+            route = worker.embedding.route(batch, worker.exchange_ahead)
+        yield batch, route
+
+
+def _timed(items: Iterable[Item], times: PhaseTimes, phase: str) -> Iterator[Item]:
+    iterator = iter(items)
     while True:
-        with times.phase("data"):
-            batch = next(iterator, None)
-        if batch is None:
+        with times.phase(phase):
+            item = next(iterator, None)
+        if item is None:
             return
-        yield batch
+        yield item
 
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

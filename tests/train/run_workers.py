@@ -42,17 +42,21 @@ def _work(rank: int, config: Config, budget_bytes: int | None, workers: int, fol
     worker = Worker(config, budget_bytes, make_exchange(), GroupDecider(config))
     files = check_files(config.data.train, config.data)
     size = config.train.batch_size
-    peaks: list[int] = []
+    totals: list[int] = []
 
-    def batches() -> Any:
-        for batch in parquet_batches(files, config.data, size, rank=rank, workers=workers):
-            yield batch
-            peaks.append(int(worker.exchange.all_reduce(torch.tensor([worker.shard.stats().total]))[0]))
+    def note_total(embedding: Any, inputs: Any) -> None:  # before each step: what the last one and its round have left
+        if embedding.training:
+            totals.append(int(worker.exchange.all_reduce(torch.tensor([worker.shard.stats().total]))[0]))
 
-    metrics = train(worker, batches, lambda: parquet_batches(files, config.data, size, rank=rank, workers=workers, max_rows=4 * size))
+    worker.embedding.register_forward_pre_hook(note_total)
+
+    def batches(rows: int | None = None) -> Any:
+        return parquet_batches(files, config.data, size, rank=rank, workers=workers, max_rows=rows)
+
+    metrics = train(worker, batches, lambda: batches(4 * size))
     rows = worker.shard.export_rows()
     widths = dict(zip(zip(rows.tables.tolist(), rows.raw_ids.tolist(), strict=True), rows.widths.tolist(), strict=True))
     losses = worker.exchange.all_reduce(torch.tensor(worker.losses, dtype=torch.float64)).tolist()
-    result = {"losses": losses, "widths": widths, "metrics": metrics, "totals": peaks, "bytes_sent": worker.exchange.bytes_sent}
+    result = {"losses": losses, "widths": widths, "metrics": metrics, "totals": totals, "bytes_sent": worker.bytes_sent}
     torch.save(result, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -61,10 +61,17 @@ def test_two_workers_give_the_losses_and_widths_of_one(one: dict, two: list[dict
 
 
 def test_bytes_of_all_shards_stay_below_the_budget_at_every_step(two: list[dict]) -> None:
-    assert len(two[0]["totals"]) == STEPS - 1
+    assert len(two[0]["totals"]) == STEPS
     assert max(two[0]["totals"]) <= BUDGET
     assert two[0]["metrics"]["bytes/peak_of_run"] <= BUDGET
     assert two[0]["metrics"]["bytes/total"] > 0.9 * BUDGET  # and the budget is used
+
+
+def test_routing_ahead_of_the_step_changes_no_loss_no_width_and_no_byte(config: Config, two: list[dict]) -> None:
+    ahead = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=2, overlap=1))
+    for mine, exact in zip(run_workers.run(ahead, BUDGET, 2), two, strict=True):
+        for name in ("losses", "widths", "totals", "bytes_sent"):
+            assert mine[name] == exact[name]
 
 
 def test_narrow_rows_send_fewer_bytes(config: Config) -> None:
