@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import yaml
 
+from fiited_ray.credentials import mask_addresses, redact
+
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -242,13 +244,16 @@ class TrainConfig:
 class TrackingConfig:
     """Where the run is written."""
 
-    uri: str = "sqlite:///mlflow.db"  # a server's http(s) address on a cluster
+    # a server's http(s) address on a cluster; user and password may stand in MLFLOW_TRACKING_USERNAME and _PASSWORD instead
+    uri: str = field(default="sqlite:///mlflow.db", repr=False)
     experiment: str = "fiited-ray"
     log_every: int = 10  # steps
 
     def __post_init__(self) -> None:
         _require(
-            not self.uri.startswith("file:"), "tracking.uri: MLflow no longer takes file: stores; use sqlite:///PATH or a server", self.uri
+            not self.uri.startswith("file:"),
+            "tracking.uri: MLflow no longer takes file: stores; use sqlite:///PATH or a server",
+            redact(self.uri),
         )
         _require(self.log_every > 0, "tracking.log_every must be above 0", self.log_every)
 
@@ -275,10 +280,18 @@ class Config:
             self.name,
         )
         _require(self.data.time is None or self.train.epochs == 1, "train.epochs: time-ordered data is read once", self.train.epochs)
+        _require(
+            self.model.kind != "dlrm" or len(self.data.features) > 1 or bool(self.data.dense),
+            "model.kind: dlrm learns from pairs of vectors, and one feature without dense columns makes none; "
+            "name another feature or a dense column, or set model.kind to dcnv2",
+            self.data.features,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as YAML holds them."""
-        return _plain(self)
+        """Nested plain values, as YAML holds them; the tracking store's address without its password."""
+        tree: dict[str, Any] = _plain(self)
+        tree["tracking"]["uri"] = redact(self.tracking.uri)
+        return tree
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -299,7 +312,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+        raise ConfigError(f"{path}: not YAML: {_without_text(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a mapping of keys to values is wanted")
     for override in overrides:
@@ -307,23 +320,30 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     try:
         return typing.cast(Config, _build(Config, tree, ""))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(mask_addresses(f"{path}: {error}")) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: write key=value, such as train.workers=4")
+        raise ConfigError(f"override {redact(override)!r}: write key=value, such as train.workers=4")
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a group of keys")
+            raise ConfigError(f"override {key}: {parent} is a value, not a group of keys")
     try:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+        raise ConfigError(f"override {key}: the value is not YAML: {_without_text(error)}") from None
+
+
+def _without_text(error: Exception) -> str:
+    """What is wrong with a YAML text and where, without the text itself, in which a password may stand."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return type(error).__name__
+    return f"{error.problem} at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _build(kind: Any, value: Any, key: str) -> Any:

@@ -9,18 +9,21 @@ import math
 import re
 import sqlite3
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from fiited_ray.config import Config, ConfigError
+from fiited_ray.credentials import redact, scrub
 
 _PARAMS_AT_ONCE = 100
 _LONGEST_PARAM = 6000
@@ -32,7 +35,7 @@ _SQLITE = "sqlite:///"
 class RunRef:
     """A run and where it is written; passed to the worker that writes it."""
 
-    uri: str
+    uri: str = field(repr=False)  # with its password, if it has one
     experiment_id: str
     run_id: str
 
@@ -56,29 +59,28 @@ def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
     """
     uri = absolute_uri(config.tracking.uri)
     _check_database(uri)
-    try:
+    _check_escapes(uri)
+    with _redacting(uri, ConfigError):
         client = MlflowClient(uri)
         experiment = _experiment(client, uri, config.tracking.experiment)
         run = client.create_run(experiment, run_name=config.name, tags={"fiited_ray.version": _version(), **tags})
-    except (MlflowException, ImportError) as error:  # from None: the cause spells out the address, password and all
-        raise ConfigError(f"tracking.uri {redact(uri)}: {str(error).replace(uri.rstrip('/'), redact(uri.rstrip('/')))}") from None
-    ref = RunRef(uri, experiment, run.info.run_id)
-    flat = config.flat() | {"tracking.uri": redact(uri)}
-    params = [Param(_metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
-    for begin in range(0, len(params), _PARAMS_AT_ONCE):
-        client.log_batch(ref.run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
-    shown = replace(config, tracking=replace(config.tracking, uri=redact(config.tracking.uri)))
-    client.log_text(ref.run_id, shown.to_yaml(), "config.yaml")
+        ref = RunRef(uri, experiment, run.info.run_id)
+        flat = config.flat() | {"tracking.uri": redact(uri)}
+        params = [Param(_metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
+        for begin in range(0, len(params), _PARAMS_AT_ONCE):
+            client.log_batch(ref.run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
+        client.log_text(ref.run_id, config.to_yaml(), "config.yaml")
     return ref
 
 
 def finish(ref: RunRef, status: str) -> None:
     """End a run: FINISHED, FAILED or KILLED."""
-    MlflowClient(ref.uri).set_terminated(ref.run_id, status)
+    with _redacting(ref.uri):
+        MlflowClient(ref.uri).set_terminated(ref.run_id, status)
 
 
 class RunWriter:
-    """Rank 0's pen."""
+    """Rank 0's pen. What MLflow cannot write is a RuntimeError that names the store."""
 
     def __init__(self, ref: RunRef) -> None:
         self.ref = ref
@@ -88,14 +90,17 @@ class RunWriter:
         """Log values of one step. A NaN says that a metric is undefined there (AUC of one class) and leaves a gap."""
         now = int(time.time() * 1000)
         metrics = [Metric(_metric_safe(name), value, now, step) for name, value in values.items() if not math.isnan(value)]
-        for begin in range(0, len(metrics), _METRICS_AT_ONCE):
-            self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
+        with _redacting(self.ref.uri):
+            for begin in range(0, len(metrics), _METRICS_AT_ONCE):
+                self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
 
     def tag(self, name: str, value: str) -> None:
-        self._client.log_batch(self.ref.run_id, tags=[RunTag(name, value)])
+        with _redacting(self.ref.uri):
+            self._client.log_batch(self.ref.run_id, tags=[RunTag(name, value)])
 
     def figure(self, name: str, figure: Figure) -> None:
-        self._client.log_figure(self.ref.run_id, figure, name)
+        with _redacting(self.ref.uri):
+            self._client.log_figure(self.ref.run_id, figure, name)
 
 
 def absolute_uri(uri: str) -> str:
@@ -122,14 +127,24 @@ def _check_database(uri: str) -> None:
         raise ConfigError(f"tracking.uri {uri}: {error}; name a file that can be written") from error
 
 
-def redact(uri: str) -> str:
-    """The address without user and password."""
+def _check_escapes(uri: str) -> None:
+    """A # ? or / in a password ends the host's part of an http address early: MLflow would call another host, or say so in riddles."""
     parts = urlsplit(uri)
-    return (
-        uri
-        if parts.password is None and parts.username is None
-        else urlunsplit(parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}"))
-    )
+    if parts.scheme in ("http", "https") and "@" in uri and not parts.netloc.endswith(uri.rpartition("@")[2].partition("/")[0]):
+        raise ConfigError(
+            f"tracking.uri {redact(uri)}: what stands before the @ holds a #, ? or /; write them as %23, %3F and %2F, "
+            "or give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+
+
+@contextmanager
+def _redacting(uri: str, error: type[Exception] = RuntimeError) -> Iterator[None]:
+    """Turn MLflow's errors into ours: its own spell out the address, password and all, and so would their causes (hence from None)."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError, ValueError) as raised:
+        text = scrub(str(raised), uri) or f"{type(raised).__name__}; its words would tell the password and are left out"
+        raise error(f"tracking.uri {redact(uri)}: {text}") from None
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:

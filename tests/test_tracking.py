@@ -69,9 +69,9 @@ def test_a_relative_database_becomes_absolute(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_credentials_are_never_shown() -> None:
-    assert tracking.redact("https://user:secret@host:5000/x") == "https://***@host:5000/x"
-    assert tracking.redact("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
-    assert "secret" not in tracking.RunRef("https://user:secret@host", "1", "2").page
+    ref = tracking.RunRef("https://user:secret@host", "1", "2")
+    assert ref.page == "https://***@host/#/experiments/1/runs/2"
+    assert "secret" not in repr(ref)
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
@@ -86,6 +86,29 @@ def test_credentials_are_not_in_the_message_of_a_server_that_is_away(config: Con
     away = replace(config, tracking=TrackingConfig(uri="http://user:secret@127.0.0.1:9/"))
     with pytest.raises(ConfigError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9/") as raised:
         tracking.create_run(away, {})
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("password", ["pa#ss", "pa?ss", "pa/ss", "5000#ss", "5000/ss", "#", "pa#s@s"])
+def test_a_password_that_ends_the_address_early_is_refused_unseen(config: Config, password: str) -> None:
+    unescaped = replace(config, tracking=TrackingConfig(uri=f"http://user:{password}@127.0.0.1:9/"))
+    with pytest.raises(ConfigError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9/: .* write them as %23, %3F and %2F") as raised:
+        tracking.create_run(unescaped, {})
+    assert password not in str(raised.value).replace("holds a #, ? or /; write", "")
+
+
+@pytest.mark.parametrize("uri", ["postgresql://user:secret@127.0.0.1:x/db", "mysql+nothing://user:secret@127.0.0.1/db"])
+def test_credentials_are_not_in_the_message_of_a_database_that_cannot_be_opened(config: Config, uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri [a-z+]*://\*\*\*@127\.0\.0\.1") as raised:
+        tracking.create_run(replace(config, tracking=TrackingConfig(uri=uri)), {})
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
+
+
+def test_credentials_are_not_in_the_message_of_a_server_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    writer = tracking.RunWriter(tracking.RunRef("http://user:secret@127.0.0.1:9", "1", "2"))
+    with pytest.raises(RuntimeError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9: ") as raised:
+        writer.metrics(1, {"train/loss": 0.5})
     assert "secret" not in "".join(traceback.format_exception(raised.value))
 
 
