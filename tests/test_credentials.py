@@ -53,7 +53,7 @@ def test_redacting_twice_is_redacting_once(text: str, start: str) -> None:
     assert redact(redact(start + text)) == redact(start + text)
 
 
-@given(SCHEME, st.text("jkqvyz", min_size=1), st.sampled_from("#?/@:&%"), st.text("JKQVYZ", min_size=1), PLACE, st.integers(0, 3))
+@given(SCHEME, st.text("jkqvyz", min_size=1), st.sampled_from("#?/@:&"), st.text("JKQVYZ", min_size=1), PLACE, st.integers(0, 3))
 def test_a_librarys_words_never_tell_a_piece_of_the_password(scheme: str, first: str, mark: str, last: str, place: str, form: int) -> None:
     uri = f"{scheme}://U:{first}{mark}{last}@{place}"
     words = [f"no answer from {uri}/api", f"cannot parse {uri[9:]!r}", f"bad port {first!r}", f"bad path '{last}@'"][form]
