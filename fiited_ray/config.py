@@ -102,6 +102,7 @@ class DataConfig:
     dense_transform: Literal["none", "log1p"] = "none"  # log1p: log(1 + max(x, 0))
     categorical: tuple[str, ...] = ()  # one id per row: integers or strings; null is an id of its own
     multi_hot: tuple[str, ...] = ()  # a list of ids per row; null and [] are an empty bag
+    weights: dict[str, str] = field(default_factory=dict)  # multi_hot column -> column of as many numbers per row, one for each id
     cross: tuple[tuple[str, ...], ...] = ()  # each entry: columns (categorical or binned) joined into one id
     bins: dict[str, Bin] = field(default_factory=dict)
     shared_tables: dict[str, tuple[str, ...]] = field(default_factory=dict)  # table name -> features that share it
@@ -113,6 +114,9 @@ class DataConfig:
         twice = sorted({name for name in names if names.count(name) > 1})
         _require(not twice, "data: columns named twice", twice)
         _require(bool(self.categorical or self.multi_hot or self.cross), "data: no categorical, multi_hot or cross column named", ())
+        for feature, column in self.weights.items():
+            _require(feature in self.multi_hot, f"data.weights.{feature}: not a multi_hot column; those are", self.multi_hot)
+            _require(column not in names, f"data.weights.{feature}: the column is used as something else already", column)
         for cross in self.cross:
             _require(len(cross) >= 2, "data.cross: an entry needs two columns or more", cross)
             lists = sorted(set(cross) & set(self.multi_hot))
@@ -152,7 +156,8 @@ class EmbeddingConfig:
 
     dim: int = 32
     chunk: int = 8  # consecutive dimensions kept or dropped together; chunk = dim prunes whole rows
-    pooling: Literal["sum", "mean"] = "mean"  # of multi-hot bags
+    # of multi-hot bags; with data.weights: sum of weight * vector, for mean divided by the number of ids (not by the sum of weights)
+    pooling: Literal["sum", "mean"] = "mean"
     optimizer: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "rowwise_adagrad"
     lr: float = 0.05
     eps: float = 1e-10  # torch.optim.Adagrad's default; Adam's usual value is 1e-8

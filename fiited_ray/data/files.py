@@ -137,6 +137,13 @@ def _check_schema(path: str, schema: pa.Schema, config: DataConfig) -> None:
             lambda kind: pa.types.is_nested(kind) and hasattr(kind, "value_type") and _is_id(kind.value_type),
             "a multi_hot column holds lists of integers or strings",
         )
+    for feature, name in config.weights.items():
+        check(
+            name,
+            f"data.weights.{feature}",
+            lambda kind: pa.types.is_nested(kind) and hasattr(kind, "value_type") and is_number(kind.value_type),
+            f"the weights of {feature!r} are lists of numbers",
+        )
     if config.time:
         check(
             config.time,
