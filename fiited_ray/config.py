@@ -136,6 +136,18 @@ class DataConfig:
         return (*self.categorical, *self.multi_hot, *(" x ".join(cross) for cross in self.cross))
 
     @property
+    def scalar(self) -> tuple[str, ...]:
+        """Names with one id per row: categorical, or part of a cross; columns of the files or bins."""
+        return tuple(dict.fromkeys([*self.categorical, *(name for cross in self.cross for name in cross)]))
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns to read from the files, each once."""
+        sources = [self.bins[name].column if name in self.bins else name for name in self.scalar]
+        lists = [*self.multi_hot, *self.weights.values()]
+        return list(dict.fromkeys([self.label, *self.dense, *sources, *lists, *([self.time] if self.time else [])]))
+
+    @property
     def tables(self) -> tuple[str, ...]:
         """Distinct table names, in the order of their first feature."""
         return tuple(dict.fromkeys(self._table_of(feature) for feature in self.features))

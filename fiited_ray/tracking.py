@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
@@ -24,11 +22,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fiited_ray.config import Config, ConfigError
 from fiited_ray.credentials import redact, scrub
+from fiited_ray.tracking_address import SQLITE, absolute_uri, check_address
 
 _PARAMS_AT_ONCE = 100
 _LONGEST_PARAM = 6000
 _METRICS_AT_ONCE = 1000
-_SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,7 @@ def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
         ConfigError: when the tracking store cannot be reached.
     """
     uri = absolute_uri(config.tracking.uri)
-    _check_database(uri)
-    _check_escapes(uri)
+    check_address(uri)
     with _redacting(uri, ConfigError):
         client = MlflowClient(uri)
         experiment = _experiment(client, uri, config.tracking.experiment)
@@ -103,40 +100,6 @@ class RunWriter:
             self._client.log_figure(self.ref.run_id, figure, name)
 
 
-def absolute_uri(uri: str) -> str:
-    """A relative SQLite path becomes absolute, so that workers in other folders write the same file."""
-    if uri.startswith(_SQLITE):
-        path = Path(uri[len(_SQLITE) :])
-        return f"{_SQLITE}{path if path.is_absolute() else Path.cwd() / path}"
-    return uri
-
-
-def _check_database(uri: str) -> None:
-    """Open an SQLite file once: MLflow itself tries for minutes where that cannot work."""
-    if not uri.startswith(_SQLITE):
-        return
-    path = Path(uri[len(_SQLITE) :])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path)
-        try:
-            connection.execute("PRAGMA schema_version")
-        finally:
-            connection.close()
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"tracking.uri {uri}: {error}; name a file that can be written") from error
-
-
-def _check_escapes(uri: str) -> None:
-    """A # ? or / in a password ends the host's part of an http address early: MLflow would call another host, or say so in riddles."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https") and "@" in uri and not parts.netloc.endswith(uri.rpartition("@")[2].partition("/")[0]):
-        raise ConfigError(
-            f"tracking.uri {redact(uri)}: what stands before the @ holds a #, ? or /; write them as %23, %3F and %2F, "
-            "or give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
-        )
-
-
 @contextmanager
 def _redacting(uri: str, error: type[Exception] = RuntimeError) -> Iterator[None]:
     """Turn MLflow's errors into ours: its own spell out the address, password and all, and so would their causes (hence from None)."""
@@ -152,8 +115,8 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     location = None
-    if uri.startswith(_SQLITE):  # artifacts lie beside the database, wherever the UI is started from
-        location = (Path(uri[len(_SQLITE) :]).parent / "mlartifacts" / re.sub(r"[^A-Za-z0-9._-]", "_", name)).as_uri()
+    if uri.startswith(SQLITE):  # artifacts lie beside the database, wherever the UI is started from
+        location = (Path(uri[len(SQLITE) :]).parent / "mlartifacts" / re.sub(r"[^A-Za-z0-9._-]", "_", name)).as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=location))
     except MlflowException:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fiited_ray import tracking
 from fiited_ray.config import Config, ConfigError, DataConfig, TrackingConfig
+from fiited_ray.tracking_address import absolute_uri
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,8 @@ def test_the_ui_command_names_the_store_and_the_page_names_the_run(config: Confi
 
 def test_a_relative_database_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tracking.absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
-    assert tracking.absolute_uri("http://server:5000") == "http://server:5000"
+    assert absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
+    assert absolute_uri("http://server:5000") == "http://server:5000"
 
 
 def test_credentials_are_never_shown() -> None:
@@ -95,6 +96,14 @@ def test_a_password_that_ends_the_address_early_is_refused_unseen(config: Config
     with pytest.raises(ConfigError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9/: .* write them as %23, %3F and %2F") as raised:
         tracking.create_run(unescaped, {})
     assert password not in str(raised.value).replace("holds a #, ? or /; write", "")
+
+
+@pytest.mark.parametrize("password", ["[pa", "p\u2100ss"])
+def test_a_password_that_is_no_part_of_any_address_is_refused_unseen(config: Config, password: str) -> None:
+    unescaped = replace(config, tracking=TrackingConfig(uri=f"http://user:{password}@127.0.0.1:9/"))
+    with pytest.raises(ConfigError, match="not an address") as raised:
+        tracking.create_run(unescaped, {})
+    assert password not in "".join(traceback.format_exception(raised.value))
 
 
 @pytest.mark.parametrize("uri", ["postgresql://user:secret@127.0.0.1:x/db", "mysql+nothing://user:secret@127.0.0.1/db"])

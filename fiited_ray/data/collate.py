@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fiited_ray.config import DataConfig
-from fiited_ray.data.batch import Batch, DataError
+from fiited_ray.data.batch import Batch
+from fiited_ray.data.errors import DataError
 from fiited_ray.store.ops import ops
 
 NULL_ID = -(2**63)  # the id of a missing categorical value
@@ -24,21 +25,12 @@ class Collator:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self._used = tuple(dict.fromkeys([*config.categorical, *(name for cross in config.cross for name in cross)]))
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns to read from the files, each once."""
-        config = self.config
-        sources = [config.bins[name].column if name in config.bins else name for name in self._used]
-        lists = [*config.multi_hot, *config.weights.values()]
-        return list(dict.fromkeys([config.label, *config.dense, *sources, *lists, *([config.time] if config.time else [])]))
 
     def __call__(self, table: pa.Table, where: str = "batch") -> Batch:
         """Make a batch.
 
         Args:
-            table: rows with at least `columns`.
+            table: rows with at least the config's columns.
             where: file or source, for error messages.
 
         Raises:
@@ -46,7 +38,7 @@ class Collator:
         """
         table = table.combine_chunks()
         rows = table.num_rows
-        scalar = {name: self._ids(table, name, where) for name in self._used}
+        scalar = {name: self._ids(table, name, where) for name in self.config.scalar}
         ids = [scalar[name] for name in self.config.categorical]
         lengths = [torch.ones(rows, dtype=torch.int64)] * len(ids)
         weights: dict[int, Tensor] = {}  # by feature

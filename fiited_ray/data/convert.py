@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fiited_ray.data.batch import DataError
+from fiited_ray.data.errors import DataError
 from fiited_ray.data.lines import Block, Mask, Positions, Progress, parse_decimal, parse_hex, read_blocks
 from fiited_ray.data.writer import SplitWriter
 

@@ -180,7 +180,7 @@ def test_columns_name_each_source_once() -> None:
         multi_hot=("tags",),
         time="t",
     )
-    assert Collator(config).columns == ["label", "rating", "user", "tags", "t"]
+    assert config.columns == ["label", "rating", "user", "tags", "t"]
 
 
 def test_an_empty_table_is_an_empty_batch() -> None:
@@ -260,8 +260,8 @@ def test_without_weights_named_a_batch_has_none() -> None:
     config = replace(WEIGHTED, weights={})
     table = pa.table({"label": [0], "c": [1], "d": [2], "m": [[1]], "n": [[2]], "w": [[0.5]]})
     assert Collator(config)(table).weights is None
-    assert "w" not in Collator(config).columns
-    assert "w" in Collator(WEIGHTED).columns
+    assert "w" not in config.columns
+    assert "w" in WEIGHTED.columns
 
 
 @pytest.mark.parametrize(
