@@ -16,8 +16,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
 from fiited_ray.config import Config, ConfigError
@@ -27,6 +29,7 @@ from fiited_ray.tracking_address import SQLITE, absolute_uri, check_address
 _PARAMS_AT_ONCE = 100
 _LONGEST_PARAM = 6000
 _METRICS_AT_ONCE = 1000
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI then shows pages for training, not for language models
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
     with _redacting(uri, ConfigError):
         client = MlflowClient(uri)
         experiment = _experiment(client, uri, config.tracking.experiment)
-        run = client.create_run(experiment, run_name=config.name, tags={"fiited_ray.version": _version(), **tags})
+        tags = {**resolve_tags(), "fiited_ray.version": _version(), **tags}  # resolve_tags: user, program and commit, as MLflow shows them
+        run = client.create_run(experiment, run_name=config.name, tags=tags)
         ref = RunRef(uri, experiment, run.info.run_id)
         flat = config.flat() | {"tracking.uri": redact(uri)}
         params = [Param(_metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
@@ -68,6 +72,12 @@ def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
             client.log_batch(ref.run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
         client.log_text(ref.run_id, config.to_yaml(), "config.yaml")
     return ref
+
+
+def describe(ref: RunRef, text: str) -> None:
+    """Show a text, in Markdown, as the run's description on its page."""
+    with _redacting(ref.uri):
+        MlflowClient(ref.uri).set_tag(ref.run_id, MLFLOW_RUN_NOTE, text)
 
 
 def finish(ref: RunRef, status: str) -> None:
@@ -90,10 +100,6 @@ class RunWriter:
         with _redacting(self.ref.uri):
             for begin in range(0, len(metrics), _METRICS_AT_ONCE):
                 self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
-
-    def tag(self, name: str, value: str) -> None:
-        with _redacting(self.ref.uri):
-            self._client.log_batch(self.ref.run_id, tags=[RunTag(name, value)])
 
     def figure(self, name: str, figure: Figure) -> None:
         with _redacting(self.ref.uri):
@@ -118,7 +124,7 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     if uri.startswith(SQLITE):  # artifacts lie beside the database, wherever the UI is started from
         location = (Path(uri[len(SQLITE) :]).parent / "mlartifacts" / re.sub(r"[^A-Za-z0-9._-]", "_", name)).as_uri()
     try:
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=_KIND))
     except MlflowException:
         found = client.get_experiment_by_name(name)  # another run was faster
         if found is None:

@@ -92,6 +92,7 @@ def test_the_summary_tells_what_a_person_wants_to_know(finished: tuple[Plan, Out
         assert part in text
     assert f"mlflow ui --host 127.0.0.1 --backend-store-uri {outcome.run.uri}" in text
     assert outcome.run.run_id in text
+    assert text in mlflow.MlflowClient(outcome.run.uri).get_run(outcome.run.run_id).data.tags["mlflow.note.content"]
 
 
 def test_the_saved_model_scores_as_it_did_in_training(

@@ -42,6 +42,16 @@ def test_a_run_holds_its_parameters_tags_metrics_and_artifacts(config: Config) -
     assert [each.path for each in client.list_artifacts(ref.run_id, "plots")] == ["plots/some.png"]
 
 
+def test_a_page_says_who_made_the_run_with_what_and_how_it_went(config: Config) -> None:
+    ref = tracking.create_run(config, {})
+    tracking.describe(ref, "AUC 0.9")
+    client = mlflow.MlflowClient(ref.uri)
+    tags = client.get_run(ref.run_id).data.tags
+    assert tags["mlflow.note.content"] == "AUC 0.9"
+    assert {"mlflow.user", "mlflow.source.name", "fiited_ray.version"} <= tags.keys()
+    assert client.get_experiment(ref.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_artifacts_lie_beside_the_database_wherever_one_stands(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     ref = tracking.create_run(config, {})

@@ -23,6 +23,7 @@ from fiited_ray.coordinator import RemoteDecider, start_coordinator
 from fiited_ray.data import Batch, ray_batches, ray_dataset
 from fiited_ray.data.reader import data_config
 from fiited_ray.exchange import make_exchange
+from fiited_ray.summary import summary
 from fiited_ray.train import checkpoint
 from fiited_ray.train.loop import Worker, train
 from fiited_ray.train.plan import Plan
@@ -75,7 +76,7 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
     try:
         result = trainer.fit()
     except BaseException as error:
-        tracking.finish(run_ref, "FAILED")
+        tracking.finish(run_ref, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         if isinstance(error, WorkerGroupError):
             rank, first = min(error.worker_failures.items())
             raise RuntimeError(f"worker {rank}: {first}") from error
@@ -84,10 +85,12 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         finished.set()
         watcher.join()
         ray.kill(coordinator)
-    tracking.finish(run_ref, "FINISHED")
     assert result.checkpoint is not None
     assert result.metrics is not None
-    return Outcome(result.metrics, Path(result.checkpoint.path), run_ref)
+    outcome = Outcome(result.metrics, Path(result.checkpoint.path), run_ref)
+    tracking.describe(run_ref, f"```\n{summary(plan, outcome)}\n```")
+    tracking.finish(run_ref, "FINISHED")
+    return outcome
 
 
 def _watch(coordinator: Any, finished: threading.Event, progress: Callable[[str], None]) -> None:
