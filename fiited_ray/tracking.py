@@ -47,9 +47,9 @@ class RunRef:
 
     @property
     def page(self) -> str:
-        """Address of this run's page in the UI."""
+        """Address of this run's page in the UI, in its view for training (its other one is for language models)."""
         server = "http://127.0.0.1:5000" if self.uri.startswith("sqlite:") else redact(self.uri).rstrip("/")
-        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
 def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:

@@ -70,7 +70,7 @@ def test_the_ui_command_names_the_store_and_the_page_names_the_run(config: Confi
     ref = tracking.create_run(config, {})
     assert ref.ui_command.endswith(f"--backend-store-uri {config.tracking.uri}")
     assert "--host 127.0.0.1" in ref.ui_command
-    assert ref.page.endswith(f"/#/experiments/{ref.experiment_id}/runs/{ref.run_id}")
+    assert ref.page.endswith(f"/#/experiments/{ref.experiment_id}/runs/{ref.run_id}?workflowType=machine_learning")
 
 
 def test_a_relative_database_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_relative_database_becomes_absolute(monkeypatch: pytest.MonkeyPatch, t
 
 def test_credentials_are_never_shown() -> None:
     ref = tracking.RunRef("https://user:secret@host", "1", "2")
-    assert ref.page == "https://***@host/#/experiments/1/runs/2"
+    assert ref.page == "https://***@host/#/experiments/1/runs/2?workflowType=machine_learning"
     assert "secret" not in repr(ref)
 
 
