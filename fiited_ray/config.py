@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import yaml
 
+from fiited_ray.credentials import mask_addresses, redact
+
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -100,6 +102,7 @@ class DataConfig:
     dense_transform: Literal["none", "log1p"] = "none"  # log1p: log(1 + max(x, 0))
     categorical: tuple[str, ...] = ()  # one id per row: integers or strings; null is an id of its own
     multi_hot: tuple[str, ...] = ()  # a list of ids per row; null and [] are an empty bag
+    weights: dict[str, str] = field(default_factory=dict)  # multi_hot column -> column of as many numbers per row, one for each id
     cross: tuple[tuple[str, ...], ...] = ()  # each entry: columns (categorical or binned) joined into one id
     bins: dict[str, Bin] = field(default_factory=dict)
     shared_tables: dict[str, tuple[str, ...]] = field(default_factory=dict)  # table name -> features that share it
@@ -111,6 +114,9 @@ class DataConfig:
         twice = sorted({name for name in names if names.count(name) > 1})
         _require(not twice, "data: columns named twice", twice)
         _require(bool(self.categorical or self.multi_hot or self.cross), "data: no categorical, multi_hot or cross column named", ())
+        for feature, column in self.weights.items():
+            _require(feature in self.multi_hot, f"data.weights.{feature}: not a multi_hot column; those are", self.multi_hot)
+            _require(column not in names, f"data.weights.{feature}: the column is used as something else already", column)
         for cross in self.cross:
             _require(len(cross) >= 2, "data.cross: an entry needs two columns or more", cross)
             lists = sorted(set(cross) & set(self.multi_hot))
@@ -128,6 +134,18 @@ class DataConfig:
     def features(self) -> tuple[str, ...]:
         """Feature names in model order; a cross of a and b is called `a x b`."""
         return (*self.categorical, *self.multi_hot, *(" x ".join(cross) for cross in self.cross))
+
+    @property
+    def scalar(self) -> tuple[str, ...]:
+        """Names with one id per row: categorical, or part of a cross; columns of the files or bins."""
+        return tuple(dict.fromkeys([*self.categorical, *(name for cross in self.cross for name in cross)]))
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns to read from the files, each once."""
+        sources = [self.bins[name].column if name in self.bins else name for name in self.scalar]
+        lists = [*self.multi_hot, *self.weights.values()]
+        return list(dict.fromkeys([self.label, *self.dense, *sources, *lists, *([self.time] if self.time else [])]))
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -150,7 +168,8 @@ class EmbeddingConfig:
 
     dim: int = 32
     chunk: int = 8  # consecutive dimensions kept or dropped together; chunk = dim prunes whole rows
-    pooling: Literal["sum", "mean"] = "mean"  # of multi-hot bags
+    # of multi-hot bags; with data.weights: sum of weight * vector, for mean divided by the number of ids (not by the sum of weights)
+    pooling: Literal["sum", "mean"] = "mean"
     optimizer: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "rowwise_adagrad"
     lr: float = 0.05
     eps: float = 1e-10  # torch.optim.Adagrad's default; Adam's usual value is 1e-8
@@ -244,13 +263,16 @@ class TrainConfig:
 class TrackingConfig:
     """Where the run is written."""
 
-    uri: str = "sqlite:///mlflow.db"  # a server's http(s) address on a cluster
+    # a server's http(s) address on a cluster; user and password may stand in MLFLOW_TRACKING_USERNAME and _PASSWORD instead
+    uri: str = field(default="sqlite:///mlflow.db", repr=False)
     experiment: str = "fiited-ray"
     log_every: int = 10  # steps
 
     def __post_init__(self) -> None:
         _require(
-            not self.uri.startswith("file:"), "tracking.uri: MLflow no longer takes file: stores; use sqlite:///PATH or a server", self.uri
+            not self.uri.startswith("file:"),
+            "tracking.uri: MLflow no longer takes file: stores; use sqlite:///PATH or a server",
+            redact(self.uri),
         )
         _require(self.log_every > 0, "tracking.log_every must be above 0", self.log_every)
 
@@ -277,10 +299,18 @@ class Config:
             self.name,
         )
         _require(self.data.time is None or self.train.epochs == 1, "train.epochs: time-ordered data is read once", self.train.epochs)
+        _require(
+            self.model.kind != "dlrm" or len(self.data.features) > 1 or bool(self.data.dense),
+            "model.kind: dlrm learns from pairs of vectors, and one feature without dense columns makes none; "
+            "name another feature or a dense column, or set model.kind to dcnv2",
+            self.data.features,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as YAML holds them."""
-        return _plain(self)
+        """Nested plain values, as YAML holds them; the tracking store's address without its password."""
+        tree: dict[str, Any] = _plain(self)
+        tree["tracking"]["uri"] = redact(self.tracking.uri)
+        return tree
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -301,7 +331,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+        raise ConfigError(f"{path}: not YAML: {_without_text(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a mapping of keys to values is wanted")
     for override in overrides:
@@ -309,23 +339,30 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     try:
         return typing.cast(Config, _build(Config, tree, ""))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(mask_addresses(f"{path}: {error}")) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: write key=value, such as train.workers=4")
+        raise ConfigError(f"override {redact(override)!r}: write key=value, such as train.workers=4")
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a group of keys")
+            raise ConfigError(f"override {key}: {parent} is a value, not a group of keys")
     try:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+        raise ConfigError(f"override {key}: the value is not YAML: {_without_text(error)}") from None
+
+
+def _without_text(error: Exception) -> str:
+    """What is wrong with a YAML text and where, without the text itself, in which a password may stand."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return type(error).__name__
+    return f"{error.problem} at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _build(kind: Any, value: Any, key: str) -> Any:

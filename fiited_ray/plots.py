@@ -38,6 +38,7 @@ def quality_over_time(steps: Sequence[int], values: Series, final: Mapping[str, 
     figure, axes = _figure(f"Quality{title}", "step", "AUC (higher is better)")
     axes.plot(steps, values["train/auc"], color=BLUE, label="AUC")
     right = axes.twinx()
+    right.spines["top"].set_visible(False)
     right.plot(steps, values["train/ne"], color=ORANGE, label="normalised entropy")
     right.set_ylabel("normalised entropy (lower is better)")
     for name, colour, on in (("eval/auc", BLUE, axes), ("eval/ne", ORANGE, right)):
@@ -70,7 +71,7 @@ def widths_by_table(tables: Sequence[str], rows: np.ndarray, title: str) -> Figu
         axes.barh(range(len(tables)), share, left=left, color=BLUE, alpha=shades[chunk], label=f"{chunk + 1} chunk{'s' if chunk else ''}")
         left += share
     axes.set_yticks(range(len(tables)), [f"{table} ({count:,})" for table, count in zip(tables, rows.sum(1), strict=True)], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(tables) - 0.5, -0.5)  # the first table on top
     axes.set_xlim(0, 1)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
@@ -113,6 +114,7 @@ def hit_rate(steps: Sequence[int], values: Series, title: str) -> Figure:
     found = axes.plot(steps, values["lookup/hit_rate"], color=GREEN, label="share of lookups")
     axes.set_ylim(0, 1.02)
     right = axes.twinx()
+    right.spines["top"].set_visible(False)
     resident = right.plot(steps, values["rows/total"], color=GREY, label="rows resident")
     right.set_ylabel("rows resident")
     right.set_ylim(bottom=0)
@@ -128,7 +130,7 @@ def time_by_phase(steps: Sequence[int], values: Series, title: str) -> Figure:
     phases = [name for name in order if name in values]  # data, or wait where it is read and routed ahead
     stacks = [1000 * np.nan_to_num(np.asarray(values[name])) for name in phases]
     axes.stackplot(steps, stacks, labels=[name.removeprefix("time/") for name in phases], colors=[GREY, ORANGE, SKY, BLUE, GREEN, RED])
-    axes.set_ylim(0, 1.6 * float(np.median(np.sum(stacks, 0))))  # the first steps wait for the data to start
+    axes.set_ylim(0, 1.25 * float(np.quantile(np.sum(stacks, 0), 0.9)))  # the first steps wait for the data to start
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fiited_ray.train.trainer import Outcome, Plan
+    from fiited_ray.train.plan import Plan
+    from fiited_ray.train.trainer import Outcome
 
 _MIB = 2**20
 

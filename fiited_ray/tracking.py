@@ -7,32 +7,36 @@ from __future__ import annotations
 
 import math
 import re
-import sqlite3
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+from sqlalchemy.exc import SQLAlchemyError
 
 from fiited_ray.config import Config, ConfigError
+from fiited_ray.credentials import redact, scrub
+from fiited_ray.tracking_address import SQLITE, absolute_uri, check_address
 
 _PARAMS_AT_ONCE = 100
 _LONGEST_PARAM = 6000
 _METRICS_AT_ONCE = 1000
-_SQLITE = "sqlite:///"
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI then shows pages for training, not for language models
 
 
 @dataclass(frozen=True)
 class RunRef:
     """A run and where it is written; passed to the worker that writes it."""
 
-    uri: str
+    uri: str = field(repr=False)  # with its password, if it has one
     experiment_id: str
     run_id: str
 
@@ -43,9 +47,9 @@ class RunRef:
 
     @property
     def page(self) -> str:
-        """Address of this run's page in the UI."""
+        """Address of this run's page in the UI, in its view for training (its other one is for language models)."""
         server = "http://127.0.0.1:5000" if self.uri.startswith("sqlite:") else redact(self.uri).rstrip("/")
-        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
 def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
@@ -55,30 +59,35 @@ def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
         ConfigError: when the tracking store cannot be reached.
     """
     uri = absolute_uri(config.tracking.uri)
-    _check_database(uri)
-    try:
+    check_address(uri)
+    with _redacting(uri, ConfigError):
         client = MlflowClient(uri)
         experiment = _experiment(client, uri, config.tracking.experiment)
-        run = client.create_run(experiment, run_name=config.name, tags={"fiited_ray.version": _version(), **tags})
-    except (MlflowException, ImportError) as error:  # from None: the cause spells out the address, password and all
-        raise ConfigError(f"tracking.uri {redact(uri)}: {str(error).replace(uri.rstrip('/'), redact(uri.rstrip('/')))}") from None
-    ref = RunRef(uri, experiment, run.info.run_id)
-    flat = config.flat() | {"tracking.uri": redact(uri)}
-    params = [Param(_metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
-    for begin in range(0, len(params), _PARAMS_AT_ONCE):
-        client.log_batch(ref.run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
-    shown = replace(config, tracking=replace(config.tracking, uri=redact(config.tracking.uri)))
-    client.log_text(ref.run_id, shown.to_yaml(), "config.yaml")
+        tags = {**resolve_tags(), "fiited_ray.version": _version(), **tags}  # resolve_tags: user, program and commit, as MLflow shows them
+        run = client.create_run(experiment, run_name=config.name, tags=tags)
+        ref = RunRef(uri, experiment, run.info.run_id)
+        flat = config.flat() | {"tracking.uri": redact(uri)}
+        params = [Param(_metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
+        for begin in range(0, len(params), _PARAMS_AT_ONCE):
+            client.log_batch(ref.run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
+        client.log_text(ref.run_id, config.to_yaml(), "config.yaml")
     return ref
+
+
+def describe(ref: RunRef, text: str) -> None:
+    """Show a text, in Markdown, as the run's description on its page."""
+    with _redacting(ref.uri):
+        MlflowClient(ref.uri).set_tag(ref.run_id, MLFLOW_RUN_NOTE, text)
 
 
 def finish(ref: RunRef, status: str) -> None:
     """End a run: FINISHED, FAILED or KILLED."""
-    MlflowClient(ref.uri).set_terminated(ref.run_id, status)
+    with _redacting(ref.uri):
+        MlflowClient(ref.uri).set_terminated(ref.run_id, status)
 
 
 class RunWriter:
-    """Rank 0's pen."""
+    """Rank 0's pen. What MLflow cannot write is a RuntimeError that names the store."""
 
     def __init__(self, ref: RunRef) -> None:
         self.ref = ref
@@ -88,48 +97,23 @@ class RunWriter:
         """Log values of one step. A NaN says that a metric is undefined there (AUC of one class) and leaves a gap."""
         now = int(time.time() * 1000)
         metrics = [Metric(_metric_safe(name), value, now, step) for name, value in values.items() if not math.isnan(value)]
-        for begin in range(0, len(metrics), _METRICS_AT_ONCE):
-            self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
-
-    def tag(self, name: str, value: str) -> None:
-        self._client.log_batch(self.ref.run_id, tags=[RunTag(name, value)])
+        with _redacting(self.ref.uri):
+            for begin in range(0, len(metrics), _METRICS_AT_ONCE):
+                self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
 
     def figure(self, name: str, figure: Figure) -> None:
-        self._client.log_figure(self.ref.run_id, figure, name)
+        with _redacting(self.ref.uri):
+            self._client.log_figure(self.ref.run_id, figure, name)
 
 
-def absolute_uri(uri: str) -> str:
-    """A relative SQLite path becomes absolute, so that workers in other folders write the same file."""
-    if uri.startswith(_SQLITE):
-        path = Path(uri[len(_SQLITE) :])
-        return f"{_SQLITE}{path if path.is_absolute() else Path.cwd() / path}"
-    return uri
-
-
-def _check_database(uri: str) -> None:
-    """Open an SQLite file once: MLflow itself tries for minutes where that cannot work."""
-    if not uri.startswith(_SQLITE):
-        return
-    path = Path(uri[len(_SQLITE) :])
+@contextmanager
+def _redacting(uri: str, error: type[Exception] = RuntimeError) -> Iterator[None]:
+    """Turn MLflow's errors into ours: its own spell out the address, password and all, and so would their causes (hence from None)."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path)
-        try:
-            connection.execute("PRAGMA schema_version")
-        finally:
-            connection.close()
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"tracking.uri {uri}: {error}; name a file that can be written") from error
-
-
-def redact(uri: str) -> str:
-    """The address without user and password."""
-    parts = urlsplit(uri)
-    return (
-        uri
-        if parts.password is None and parts.username is None
-        else urlunsplit(parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}"))
-    )
+        yield
+    except (MlflowException, SQLAlchemyError, ImportError, ValueError) as raised:
+        text = scrub(str(raised), uri) or f"{type(raised).__name__}; its words would tell the password and are left out"
+        raise error(f"tracking.uri {redact(uri)}: {text}") from None
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -137,10 +121,10 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     location = None
-    if uri.startswith(_SQLITE):  # artifacts lie beside the database, wherever the UI is started from
-        location = (Path(uri[len(_SQLITE) :]).parent / "mlartifacts" / re.sub(r"[^A-Za-z0-9._-]", "_", name)).as_uri()
+    if uri.startswith(SQLITE):  # artifacts lie beside the database, wherever the UI is started from
+        location = (Path(uri[len(SQLITE) :]).parent / "mlartifacts" / re.sub(r"[^A-Za-z0-9._-]", "_", name)).as_uri()
     try:
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=_KIND))
     except MlflowException:
         found = client.get_experiment_by_name(name)  # another run was faster
         if found is None:

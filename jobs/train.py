@@ -8,7 +8,7 @@ import sys
 from fiited_ray.config import ConfigError, load
 from fiited_ray.data import DataError
 from fiited_ray.summary import summary
-from fiited_ray.train.trainer import make_plan, run
+from fiited_ray.train.plan import make_plan
 
 
 def main() -> int:
@@ -17,9 +17,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="settings such as budget=64MiB or train.workers=4")
     arguments = parser.parse_args()
     try:
-        config = load(arguments.config, arguments.overrides)
-        plan = make_plan(config)
+        plan = make_plan(load(arguments.config, arguments.overrides))
         print(plan.describe(), flush=True)
+        from fiited_ray.train.trainer import run  # Ray and MLflow take seconds to import: mistakes are told before
+
         outcome = run(plan, lambda text: print(text, flush=True))
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fiited_ray.config import (
     load,
 )
 
-MINIMAL: dict[str, Any] = {"data": {"categorical": ["user"]}}
+MINIMAL: dict[str, Any] = {"data": {"categorical": ["user", "item"]}}
 Write = Callable[[Any], Path]
 
 
@@ -118,6 +119,8 @@ def test_budget_as_a_share_survives_its_own_text(part: int, whole: int) -> None:
         (DataConfig, {"categorical": ("a",), "dense": ("a",)}, "data: columns named twice.*'a'"),
         (DataConfig, {"categorical": ("label",)}, "data: columns named twice.*'label'"),
         (DataConfig, {"dense": ("price",)}, "data: no categorical, multi_hot or cross column named"),
+        (DataConfig, {"categorical": ("a",), "weights": {"a": "w"}}, "data.weights.a: not a multi_hot column"),
+        (DataConfig, {"multi_hot": ("m",), "weights": {"m": "m"}}, "data.weights.m: the column is used as something else.*'m'"),
         (DataConfig, {"categorical": ("a",), "cross": (("a",),)}, "data.cross: an entry needs two columns"),
         (DataConfig, {"multi_hot": ("tags",), "cross": (("a", "tags"),)}, "data.cross: multi_hot columns cannot be crossed.*'tags'"),
         (DataConfig, {"categorical": ("a",), "shared_tables": {"t": ("b",)}}, "data.shared_tables.t: no such feature.*'b'"),
@@ -161,18 +164,31 @@ def test_budget_as_a_share_survives_its_own_text(part: int, whole: int) -> None:
         (TrainConfig, {"lr": -0.1}, "train.lr must be above 0"),
         (TrackingConfig, {"uri": "file:///tmp/mlruns"}, "tracking.uri: MLflow no longer takes file: stores"),
         (TrackingConfig, {"log_every": 0}, "tracking.log_every must be above 0"),
-        (Config, {"data": DataConfig(categorical=("a",)), "name": "../run"}, "name: letters, digits"),
-        (Config, {"data": DataConfig(categorical=("a",)), "name": ""}, "name: letters, digits"),
+        (Config, {"data": DataConfig(categorical=("a", "b")), "name": "../run"}, "name: letters, digits"),
+        (Config, {"data": DataConfig(categorical=("a", "b")), "name": ""}, "name: letters, digits"),
         (
             Config,
-            {"data": DataConfig(categorical=("a",), time="day"), "train": TrainConfig(epochs=2)},
+            {"data": DataConfig(categorical=("a", "b"), time="day"), "train": TrainConfig(epochs=2)},
             "train.epochs: time-ordered data is read once",
         ),
+        (Config, {"data": DataConfig(categorical=("a",))}, "model.kind: dlrm learns from pairs .* set model.kind to dcnv2"),
     ],
 )
 def test_group_refuses(group: Callable[..., Any], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         group(**values)
+
+
+@pytest.mark.parametrize(
+    ("columns", "model"),
+    [
+        ({"categorical": ("a",)}, ModelConfig(kind="dcnv2")),
+        ({"categorical": ("a",), "dense": ("d",)}, ModelConfig()),
+        ({"cross": (("a", "b"), ("a", "c"))}, ModelConfig()),
+    ],
+)
+def test_a_model_is_taken_where_its_embedding_can_learn(columns: dict[str, Any], model: ModelConfig) -> None:
+    Config(data=DataConfig(**columns), model=model)
 
 
 def test_refusal_shows_the_value() -> None:
@@ -213,7 +229,7 @@ def test_cross_alone_is_enough_of_a_feature() -> None:
 
 
 def test_file_with_data_alone_gets_the_defaults(write: Write) -> None:
-    assert load(write(MINIMAL)) == Config(data=DataConfig(categorical=("user",)))
+    assert load(write(MINIMAL)) == Config(data=DataConfig(categorical=("user", "item")))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -292,7 +308,7 @@ def test_file_refuses_naming_the_key(write: Write, tree: dict[str, Any], message
 
 
 def test_exponent_without_a_point_is_a_number(write: Write) -> None:
-    assert load(write("data: {categorical: [user]}\ntrain: {lr: 1e-3}")).train.lr == 1e-3
+    assert load(write("data: {categorical: [user, item]}\ntrain: {lr: 1e-3}")).train.lr == 1e-3
 
 
 def test_whole_number_serves_as_a_float(write: Write) -> None:
@@ -302,7 +318,7 @@ def test_whole_number_serves_as_a_float(write: Write) -> None:
 
 
 def test_single_name_serves_as_a_list(write: Write) -> None:
-    assert load(write({"data": {"categorical": "user", "train": "a.parquet"}})).data.train == ("a.parquet",)
+    assert load(write({"model": {"kind": "dcnv2"}, "data": {"categorical": "user", "train": "a.parquet"}})).data.train == ("a.parquet",)
 
 
 # --- overrides
@@ -339,8 +355,8 @@ def test_override_of_the_budget_is_read_as_one(write: Write) -> None:
     [
         ("train.workers", "override 'train.workers': write key=value"),
         ("=4", "override '=4': write key=value"),
-        ("name.first=x", "override 'name.first=x': name is a value, not a group of keys"),
-        ("model.top=[64", r"override 'model.top=\[64': the value is not YAML"),
+        ("name.first=x", "override name.first: name is a value, not a group of keys"),
+        ("model.top=[64", r"override model.top: the value is not YAML: .* at line 1, column 4"),
         ("train.wrokers=4", "unknown key train.wrokers; did you mean workers?"),
         ("train.workers=0", "train: workers and threads must be above 0"),
     ],
@@ -348,6 +364,34 @@ def test_override_of_the_budget_is_read_as_one(write: Write) -> None:
 def test_override_refuses(write: Write, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(write(MINIMAL | {"name": "run"}), [override])
+
+
+# --- passwords
+
+
+@pytest.mark.parametrize(
+    "override", ["tracking.uri=http://user:s3cret@[host", "tracking.uri=[http://user:s3cret@host", "tracking.uri http://u:s3cret@h"]
+)
+def test_a_refused_override_does_not_repeat_a_password(write: Write, override: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(write(MINIMAL), [override, "seed=x"])
+    assert "s3cret" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize(
+    "text", ["tracking: {uri: [http://user:s3cret@host]}", "tracking:\n  uri: http://user:s3: cret@host\n", "a: [s3cret@"]
+)
+def test_a_refused_file_does_not_repeat_a_password(write: Write, text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(write(f"data: {{categorical: [a, b]}}\n{text}"))
+    assert "s3" not in "".join(traceback.format_exception(raised.value))
+
+
+def test_a_configuration_is_shown_and_saved_without_its_password() -> None:
+    config = Config(data=DataConfig(categorical=("a", "b")), tracking=TrackingConfig(uri="http://user:s3cret#1@host"))
+    for shown in (config.to_yaml(), repr(config), repr(config.flat())):
+        assert "s3cret" not in shown
+    assert config.flat()["tracking.uri"] == "http://***@host"
 
 
 # --- round trip
@@ -364,6 +408,7 @@ def full_config() -> Config:
             dense_transform="log1p",
             categorical=("user", "item"),
             multi_hot=("seen",),
+            weights={"seen": "seen_seconds"},
             cross=(("user", "age10"),),
             bins={"age10": Bin("age", 10.0)},
             shared_tables={"items": ("item", "seen")},
@@ -383,7 +428,7 @@ def full_config() -> Config:
 
 
 def test_full_configuration_differs_from_the_default_everywhere() -> None:
-    plain, full = Config(data=DataConfig(categorical=("user",))).flat(), full_config().flat()
+    plain, full = Config(data=DataConfig(categorical=("a", "b"))).flat(), full_config().flat()
     kept = {key for key in plain if full.get(key) == plain[key]}
     assert kept == {"train.epochs"}  # data in time order is read once
 

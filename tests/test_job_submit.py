@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
@@ -102,16 +104,53 @@ def test_failing_job_fails_the_submission(cluster: Cluster) -> None:
     assert cluster.submit("python", "-c", "raise SystemExit(3)").returncode != 0
 
 
-def test_submitted_training_finishes_in_mlflow(cluster: Cluster, tmp_path: Path) -> None:
-    data, tracking = tmp_path / "synthetic", f"sqlite:///{tmp_path}/mlflow.db"
-    subprocess.run([sys.executable, "jobs/prepare.py", "synthetic", "--rows", "5000", "--output", data], cwd=ROOT, check=True)
-    settings = [f"data.train={data}/train.parquet", f"data.test={data}/test.parquet", f"output={tmp_path}/runs"]
-    settings += ["name=submitted", "budget=4MiB", "train.batch_size=256", "train.max_steps=5", f"tracking.uri={tracking}"]
+@dataclass(frozen=True)
+class Submitted:
+    """What a submitted training left, on data that a submitted preparation made."""
+
+    folder: Path
+    model: Path
+    trained: str  # what training printed
+
+    @property
+    def tracking(self) -> str:
+        return f"sqlite:///{self.folder}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def prepared(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("submitted")
+    job = cluster.submit("python", "jobs/prepare.py", "synthetic", "--rows", "5000", "--output", f"{folder}/synthetic")
+    assert job.returncode == 0, job.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster: Cluster, prepared: Path) -> Submitted:
+    data = prepared / "synthetic"
+    settings = [f"data.train={data}/train.parquet", f"data.test={data}/test.parquet", f"output={prepared}/runs", "name=submitted"]
+    settings += ["budget=4MiB", "train.batch_size=256", "train.max_steps=5", f"tracking.uri=sqlite:///{prepared}/mlflow.db"]
     job = cluster.submit("python", "jobs/train.py", "--config", "jobs/configs/synthetic.yaml", *settings)
     assert job.returncode == 0, job.stdout
-    client = MlflowClient(tracking)
+    (model,) = re.findall(r"^ +model (/.*)$", job.stdout, re.MULTILINE)
+    return Submitted(prepared, Path(model), job.stdout)
+
+
+def test_submitted_preparation_writes_all_rows(prepared: Path) -> None:
+    assert [pq.read_metadata(prepared / "synthetic" / f"{part}.parquet").num_rows for part in ("train", "test")] == [4500, 500]
+
+
+def test_submitted_training_finishes_in_mlflow(submitted: Submitted) -> None:
+    client = MlflowClient(submitted.tracking)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     assert [(run.info.run_name, run.info.status) for run in client.search_runs(experiments)] == [("submitted", "FINISHED")]
+
+
+def test_submitted_evaluation_scores_the_model_as_training_did(cluster: Cluster, submitted: Submitted) -> None:
+    job = cluster.submit("python", "jobs/evaluate.py", "--model", str(submitted.model))
+    assert job.returncode == 0, job.stdout
+    (quality,) = re.findall(r"AUC [0-9.]+, NE [0-9.]+", job.stdout)
+    assert f"quality (test set): {quality}" in submitted.trained
 
 
 def test_submission_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:

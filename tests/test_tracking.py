@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fiited_ray import tracking
 from fiited_ray.config import Config, ConfigError, DataConfig, TrackingConfig
+from fiited_ray.tracking_address import absolute_uri
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,16 @@ def test_a_run_holds_its_parameters_tags_metrics_and_artifacts(config: Config) -
     assert [each.path for each in client.list_artifacts(ref.run_id, "plots")] == ["plots/some.png"]
 
 
+def test_a_page_says_who_made_the_run_with_what_and_how_it_went(config: Config) -> None:
+    ref = tracking.create_run(config, {})
+    tracking.describe(ref, "AUC 0.9")
+    client = mlflow.MlflowClient(ref.uri)
+    tags = client.get_run(ref.run_id).data.tags
+    assert tags["mlflow.note.content"] == "AUC 0.9"
+    assert {"mlflow.user", "mlflow.source.name", "fiited_ray.version"} <= tags.keys()
+    assert client.get_experiment(ref.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_artifacts_lie_beside_the_database_wherever_one_stands(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     ref = tracking.create_run(config, {})
@@ -59,19 +70,19 @@ def test_the_ui_command_names_the_store_and_the_page_names_the_run(config: Confi
     ref = tracking.create_run(config, {})
     assert ref.ui_command.endswith(f"--backend-store-uri {config.tracking.uri}")
     assert "--host 127.0.0.1" in ref.ui_command
-    assert ref.page.endswith(f"/#/experiments/{ref.experiment_id}/runs/{ref.run_id}")
+    assert ref.page.endswith(f"/#/experiments/{ref.experiment_id}/runs/{ref.run_id}?workflowType=machine_learning")
 
 
 def test_a_relative_database_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tracking.absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
-    assert tracking.absolute_uri("http://server:5000") == "http://server:5000"
+    assert absolute_uri("sqlite:///mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
+    assert absolute_uri("http://server:5000") == "http://server:5000"
 
 
 def test_credentials_are_never_shown() -> None:
-    assert tracking.redact("https://user:secret@host:5000/x") == "https://***@host:5000/x"
-    assert tracking.redact("sqlite:////tmp/a.db") == "sqlite:////tmp/a.db"
-    assert "secret" not in tracking.RunRef("https://user:secret@host", "1", "2").page
+    ref = tracking.RunRef("https://user:secret@host", "1", "2")
+    assert ref.page == "https://***@host/#/experiments/1/runs/2?workflowType=machine_learning"
+    assert "secret" not in repr(ref)
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
@@ -86,6 +97,37 @@ def test_credentials_are_not_in_the_message_of_a_server_that_is_away(config: Con
     away = replace(config, tracking=TrackingConfig(uri="http://user:secret@127.0.0.1:9/"))
     with pytest.raises(ConfigError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9/") as raised:
         tracking.create_run(away, {})
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("password", ["pa#ss", "pa?ss", "pa/ss", "5000#ss", "5000/ss", "#", "pa#s@s"])
+def test_a_password_that_ends_the_address_early_is_refused_unseen(config: Config, password: str) -> None:
+    unescaped = replace(config, tracking=TrackingConfig(uri=f"http://user:{password}@127.0.0.1:9/"))
+    with pytest.raises(ConfigError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9/: .* write them as %23, %3F and %2F") as raised:
+        tracking.create_run(unescaped, {})
+    assert password not in str(raised.value).replace("holds a #, ? or /; write", "")
+
+
+@pytest.mark.parametrize("password", ["[pa", "p\u2100ss"])
+def test_a_password_that_is_no_part_of_any_address_is_refused_unseen(config: Config, password: str) -> None:
+    unescaped = replace(config, tracking=TrackingConfig(uri=f"http://user:{password}@127.0.0.1:9/"))
+    with pytest.raises(ConfigError, match="not an address") as raised:
+        tracking.create_run(unescaped, {})
+    assert password not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("uri", ["postgresql://user:secret@127.0.0.1:x/db", "mysql+nothing://user:secret@127.0.0.1/db"])
+def test_credentials_are_not_in_the_message_of_a_database_that_cannot_be_opened(config: Config, uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri [a-z+]*://\*\*\*@127\.0\.0\.1") as raised:
+        tracking.create_run(replace(config, tracking=TrackingConfig(uri=uri)), {})
+    assert "secret" not in "".join(traceback.format_exception(raised.value))
+
+
+def test_credentials_are_not_in_the_message_of_a_server_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    writer = tracking.RunWriter(tracking.RunRef("http://user:secret@127.0.0.1:9", "1", "2"))
+    with pytest.raises(RuntimeError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9: ") as raised:
+        writer.metrics(1, {"train/loss": 0.5})
     assert "secret" not in "".join(traceback.format_exception(raised.value))
 
 

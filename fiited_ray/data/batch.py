@@ -8,16 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names file, column, row or position, and what to do.
-
-    row: which row of the table at hand, where it is one row's fault: readers turn it into a row of a file.
-    """
-
-    def __init__(self, message: str, row: int | None = None) -> None:
-        super().__init__(message)
-        self.row = row
+from fiited_ray.data.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -32,7 +23,7 @@ class Batch:
         labels: float32 [B], 0 or 1
         ids: int64 [N]
         offsets: int64 [F*B+1]
-        weights: float32 [N], or None where every id weighs the same
+        weights: float32 [N], or None where every id weighs 1
     """
 
     dense: Tensor
@@ -72,6 +63,12 @@ class Batch:
                 f"dense column {name}, row {row} of the batch: {self.dense[row, column]}; "
                 "clean the data, or leave the value null if it is missing"
             )
+        if self.weights is not None and not bool(torch.isfinite(self.weights).all()):
+            lookup = int((~torch.isfinite(self.weights)).nonzero()[0])
+            at = int(torch.searchsorted(self.offsets, lookup, right=True)) - 1
+            raise DataError(
+                f"feature {features[at // rows]!r}, row {at % rows} of the batch: the weight of an id is {self.weights[lookup]}"
+            )
         odd = (self.labels != 0) & (self.labels != 1)
         if bool(odd.any()):
             row = int(odd.nonzero()[0])
@@ -88,5 +85,7 @@ class Batch:
             raise DataError(
                 f"batch.offsets has {len(self.offsets)} entries; {features} features x {rows} rows + 1 = {features * rows + 1} are wanted"
             )
+        if self.weights is not None and self.weights.dtype != torch.float32:
+            raise DataError(f"batch.weights is {self.weights.dtype}; {torch.float32} is wanted")
         if self.weights is not None and self.weights.shape != self.ids.shape:
             raise DataError(f"batch.weights has {len(self.weights)} entries for {len(self.ids)} ids")

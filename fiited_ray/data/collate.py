@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fiited_ray.config import DataConfig
-from fiited_ray.data.batch import Batch, DataError
+from fiited_ray.data.batch import Batch
+from fiited_ray.data.errors import DataError
 from fiited_ray.store.ops import ops
 
 NULL_ID = -(2**63)  # the id of a missing categorical value
@@ -19,25 +20,17 @@ class Collator:
     """Turns tables with a config's columns into batches.
 
     Null means missing: an id of its own in a categorical column, an empty bag in a list column, 0 (after the transform) in a
-    dense one.
+    dense one. A bag has as many weights as ids; with `data.weights` named for some features, the ids of all others weigh 1.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self._used = tuple(dict.fromkeys([*config.categorical, *(name for cross in config.cross for name in cross)]))
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns to read from the files, each once."""
-        config = self.config
-        sources = [config.bins[name].column if name in config.bins else name for name in self._used]
-        return list(dict.fromkeys([config.label, *config.dense, *sources, *config.multi_hot, *([config.time] if config.time else [])]))
 
     def __call__(self, table: pa.Table, where: str = "batch") -> Batch:
         """Make a batch.
 
         Args:
-            table: rows with at least `columns`.
+            table: rows with at least the config's columns.
             where: file or source, for error messages.
 
         Raises:
@@ -45,11 +38,14 @@ class Collator:
         """
         table = table.combine_chunks()
         rows = table.num_rows
-        scalar = {name: self._ids(table, name, where) for name in self._used}
+        scalar = {name: self._ids(table, name, where) for name in self.config.scalar}
         ids = [scalar[name] for name in self.config.categorical]
         lengths = [torch.ones(rows, dtype=torch.int64)] * len(ids)
+        weights: dict[int, Tensor] = {}  # by feature
         for name in self.config.multi_hot:
             bag_ids, bag_lengths = _lists(_array(table, name), name, where)
+            if column := self.config.weights.get(name):
+                weights[len(ids)] = _weights(_array(table, column), column, name, bag_lengths, where)
             ids.append(bag_ids)
             lengths.append(bag_lengths)
         for first, *rest in self.config.cross:
@@ -60,9 +56,9 @@ class Collator:
             lengths.append(torch.ones(rows, dtype=torch.int64))
         offsets = torch.zeros(sum(map(len, lengths)) + 1, dtype=torch.int64)
         torch.cumsum(torch.cat(lengths), 0, out=offsets[1:])
-        return Batch(
-            self._dense(table, where), _labels(_array(table, self.config.label), self.config.label, where), torch.cat(ids), offsets
-        )
+        labels = _labels(_array(table, self.config.label), self.config.label, where)
+        weighted = torch.cat([weights.get(at, torch.ones(len(each))) for at, each in enumerate(ids)]) if weights else None
+        return Batch(self._dense(table, where), labels, torch.cat(ids), offsets, weighted)
 
     def _ids(self, table: pa.Table, name: str, where: str) -> Tensor:
         if name not in self.config.bins:
@@ -158,13 +154,43 @@ def _hash_strings(array: pa.Array) -> Tensor:
 
 def _lists(array: pa.Array, name: str, where: str) -> tuple[Tensor, Tensor]:
     """(ids of all bags one behind the other, bag lengths int64 [rows])."""
-    kind = array.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise DataError(f"{where}: column {name!r} is {kind}; a multi_hot column holds lists")
-    lengths = torch.from_numpy(pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
-    values = array.flatten()
+    values, lengths = _flat(array, name, where, "a multi_hot column holds lists")
     owners = torch.repeat_interleave(torch.arange(len(array)), lengths)
     return _scalar_ids(values, name, where, owners), lengths
+
+
+def _flat(array: pa.Array, name: str, where: str, wanted: str) -> tuple[pa.Array, Tensor]:
+    """(values of all lists one behind the other, lengths int64 [rows]); a null list is an empty one."""
+    kind = array.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise DataError(f"{where}: column {name!r} is {kind}; {wanted}")
+    lengths = torch.from_numpy(pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
+    return array.flatten(), lengths
+
+
+def _weights(array: pa.Array, name: str, feature: str, bag_lengths: Tensor, where: str) -> Tensor:
+    """float32 [sum of bag_lengths]: a weight for each id of a multi-hot feature."""
+    values, lengths = _flat(array, name, where, f"the weights of {feature!r} are lists of numbers")
+    unequal = lengths != bag_lengths
+    if bool(unequal.any()):
+        row = int(unequal.nonzero()[0])
+        raise DataError(
+            f"{where}: column {name!r} (data.weights.{feature}), row {row} has {lengths[row]} weights for {bag_lengths[row]} ids of "
+            f"{feature!r}; every id needs one",
+            row,
+        )
+    try:
+        numbers = pc.cast(values, pa.float32(), safe=False)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        raise DataError(f"{where}: column {name!r} is {array.type}; the weights of {feature!r} are lists of numbers") from None
+    weights = torch.from_numpy(numbers.fill_null(np.nan).to_numpy(zero_copy_only=False).copy())
+    odd = ~torch.isfinite(weights)
+    if bool(odd.any()):
+        at = int(odd.nonzero()[0])
+        row = int(torch.repeat_interleave(torch.arange(len(array)), lengths)[at])
+        given = "null" if not numbers[at].is_valid else f"{weights[at]}"
+        raise DataError(f"{where}: column {name!r} (data.weights.{feature}), row {row}: {given}; every id needs a finite weight", row)
+    return weights
 
 
 def _labels(array: pa.Array, name: str, where: str) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fiited_ray.data.batch import DataError
+from fiited_ray.data.errors import DataError
 from fiited_ray.data.lines import Block, Mask, Positions, Progress, parse_decimal, parse_hex, read_blocks
 from fiited_ray.data.writer import SplitWriter
 
@@ -197,7 +197,7 @@ def convert(
         raise DataError(f"--split {split}: a share of at least 0 and below 1 is wanted")
     for path in inputs:
         if not path.is_file():
-            raise DataError(f"{path}: no such file")
+            raise DataError(f"{path}: {'a folder; name the files in it' if path.is_dir() else 'no such file'}")
     report, days = Report(), _Days()
     progress = Progress(sum(path.stat().st_size for path in inputs))
     with SplitWriter(folder, part_rows) as writer:

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fiited_ray.config import DataConfig
-from fiited_ray.data.batch import DataError
-from fiited_ray.data.collate import Collator
+from fiited_ray.data.errors import DataError
 
 SYNTHETIC_KEY = b"fiited_ray.synthetic"
 
@@ -67,7 +66,7 @@ def check_files(patterns: tuple[str, ...], config: DataConfig, role: str = "data
         if config.time and (nulls := sum(each.null_count or 0 for each in column_statistics(metadata, config.time) if each is not None)):
             raise DataError(f"{path}: column {config.time!r} (data.time) has {nulls} null; every row needs a time")
         first = first or schema
-        for name in Collator(config).columns:
+        for name in config.columns:
             if schema.field(name).type != first.field(name).type:
                 raise DataError(f"{path}: column {name!r} is {schema.field(name).type}, but {first.field(name).type} in {paths[0]}")
         rows.append(metadata.num_rows)
@@ -136,6 +135,13 @@ def _check_schema(path: str, schema: pa.Schema, config: DataConfig) -> None:
             "data.multi_hot",
             lambda kind: pa.types.is_nested(kind) and hasattr(kind, "value_type") and _is_id(kind.value_type),
             "a multi_hot column holds lists of integers or strings",
+        )
+    for feature, name in config.weights.items():
+        check(
+            name,
+            f"data.weights.{feature}",
+            lambda kind: pa.types.is_nested(kind) and hasattr(kind, "value_type") and is_number(kind.value_type),
+            f"the weights of {feature!r} are lists of numbers",
         )
     if config.time:
         check(

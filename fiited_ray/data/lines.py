@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fiited_ray.data.batch import DataError
+from fiited_ray.data.errors import DataError
 
 Positions = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

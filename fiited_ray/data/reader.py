@@ -6,7 +6,8 @@ short, and a worker may find itself with no row in it, so that all workers take 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -15,8 +16,9 @@ import pyarrow.parquet as pq
 
 from fiited_ray.ahead import ahead
 from fiited_ray.config import DataConfig
-from fiited_ray.data.batch import Batch, DataError
+from fiited_ray.data.batch import Batch
 from fiited_ray.data.collate import Collator
+from fiited_ray.data.errors import DataError
 from fiited_ray.data.files import Files, column_statistics
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def ray_dataset(files: Files, config: DataConfig, max_rows: int | None = None) -
     import ray.data
 
     # one reading task at a time for each consumer: more would start processes faster than they are needed
-    dataset = ray.data.read_parquet(list(files.paths), columns=Collator(config).columns, concurrency=1)
+    dataset = ray.data.read_parquet(list(files.paths), concurrency=1).select_columns(config.columns)  # no others are read
     if config.time and not is_sorted(files, config.time):
         dataset = dataset.sort(config.time)
     return dataset if max_rows is None else dataset.limit(max_rows)
@@ -75,8 +77,24 @@ def ray_batches(shard: ray.data.DataIterator, config: DataConfig, batch_size: in
     """
     collate = Collator(config)
     tables = shard.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=_PREFETCH)
-    slices = (_slice(table, rank, workers) for table in tables)
+    slices = (_slice(table, rank, workers) for table in _readable(tables))
     return ahead(_collated(slices, collate, batch_size, lambda row: f"row {row} in reading order"), _PREFETCH, "batches")
+
+
+def _readable(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables as they come; where reading them failed in a task of Ray's, that in a line, not in the many of its traceback."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        yield from tables
+    except RayTaskError as error:
+        fragment = re.search(r"Failed to read fragment (\S+)", str(error))
+        where = f"{fragment[1]}: reading it failed" if fragment else "reading the data failed"
+        raise DataError(f"{where}: {_one_line(error.cause)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _collated(slices: Iterator[tuple[pa.Table, int]], collate: Collator, batch_size: int, locate: Callable[[int], str]) -> Iterator[Batch]:
@@ -120,7 +138,7 @@ def _group_sorted(file: pq.ParquetFile, group: int, column: str) -> bool:
 
 def _global_batches(files: Files, config: DataConfig, batch_size: int, max_rows: int | None) -> Iterator[pa.Table]:
     """Tables of batch_size rows, the last one shorter."""
-    columns = Collator(config).columns
+    columns = config.columns
     pending: list[pa.Table] = []
     held, left, last_time = 0, max_rows, None
     for path in files.paths:
@@ -144,7 +162,7 @@ def _global_batches(files: Files, config: DataConfig, batch_size: int, max_rows:
                     if left == 0:
                         break
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{path}: reading it failed: {error}") from error
+            raise DataError(f"{path}: reading it failed: {_one_line(error)}") from error
         if left == 0:
             break
     if held:

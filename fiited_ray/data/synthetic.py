@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fiited_ray.data.batch import DataError
+from fiited_ray.data.errors import DataError
 from fiited_ray.data.files import SYNTHETIC_KEY
 from fiited_ray.data.writer import SplitWriter
 

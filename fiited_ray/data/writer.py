@@ -11,7 +11,7 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fiited_ray.data.batch import DataError
+from fiited_ray.data.errors import DataError
 
 
 class SplitWriter:

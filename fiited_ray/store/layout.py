@@ -161,6 +161,8 @@ def check_budget(config: Config, budget_bytes: int | None) -> None:
     while high - low > 1024:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
+    given = "" if config.budget.share is None else f"{config.budget} of the dense-equivalent bytes, "
     raise ConfigError(
-        f"budget: {budget_bytes} bytes are too few for {config.train.workers} shard(s); the smallest possible budget here is {high} bytes"
+        f"budget: {given}{budget_bytes} bytes are too few for {config.train.workers} shard(s); "
+        f"the smallest possible budget here is {high} bytes"
     )

@@ -10,7 +10,6 @@ Nothing in it is pickled. Rows carry raw ids, so any number of shards can take t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 
 from fiited_ray.config import Config, load
 from fiited_ray.store import Rows, VhpiShard
-from fiited_ray.tracking import redact
 
 FORMAT = "fiited-ray-model"
 VERSION = 1
@@ -55,8 +53,7 @@ def save_dense(folder: Path, config: Config, model: nn.Module) -> list[str]:
     """Write the dense model and the configuration; returns the files' names."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(state, folder / "dense.safetensors")
-    shown = dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, uri=redact(config.tracking.uri)))
-    (folder / "config.yaml").write_text(shown.to_yaml())
+    (folder / "config.yaml").write_text(config.to_yaml())
     return ["dense.safetensors", "config.yaml"]
 
 

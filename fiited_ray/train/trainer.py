@@ -1,4 +1,4 @@
-"""The driver: checks what can be checked, plans the bytes, starts the run, the coordinator and the Ray Train workers."""
+"""The driver: starts the run, the coordinator and the Ray Train workers, and waits for them."""
 
 from __future__ import annotations
 
@@ -19,42 +19,17 @@ import torch.distributed as dist
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from fiited_ray import tracking
-from fiited_ray.config import Config, ConfigError
 from fiited_ray.coordinator import RemoteDecider, start_coordinator
-from fiited_ray.data import Batch, check_files, count_distinct, ray_batches, ray_dataset
-from fiited_ray.data.files import Files
+from fiited_ray.data import Batch, ray_batches, ray_dataset
 from fiited_ray.data.reader import data_config
 from fiited_ray.exchange import make_exchange
-from fiited_ray.store import ShardSpec
-from fiited_ray.store.layout import check_budget
+from fiited_ray.summary import summary
 from fiited_ray.train import checkpoint
 from fiited_ray.train.loop import Worker, train
+from fiited_ray.train.plan import Plan
 from fiited_ray.train.plots_of_run import log_plots
 
 _POLL_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is known before any worker starts."""
-
-    config: Config
-    files: Files
-    test_files: Files | None
-    budget_bytes: int | None
-    distinct_ids: int | None  # counted only where the budget is a share
-    dense_equivalent_bytes: int | None
-
-    def describe(self) -> str:
-        budget = "none" if self.budget_bytes is None else f"{self.budget_bytes / 2**20:.2f} MiB"
-        lines = [f"training rows {self.files.total_rows:,}{' (synthetic)' if self.files.synthetic else ''}, embedding budget {budget}"]
-        if self.dense_equivalent_bytes is not None:
-            share = (self.budget_bytes or 0) / self.dense_equivalent_bytes
-            lines.append(
-                f"{self.distinct_ids:,} distinct ids (+-1 %): full-width tables and optimizer state would take "
-                f"{self.dense_equivalent_bytes / 2**20:.2f} MiB; the budget is {share:.2%} of that"
-            )
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -64,29 +39,6 @@ class Outcome:
     metrics: dict[str, float]
     model_folder: Path
     run: tracking.RunRef
-
-
-def make_plan(config: Config) -> Plan:
-    """Check files and budget.
-
-    Raises:
-        DataError: for files that cannot be used.
-        ConfigError: for a budget below the smallest possible one, or a device that is not supported.
-    """
-    if config.train.use_gpu:
-        raise ConfigError("train.use_gpu: this build has the CPU store only; set it to false")
-    files = check_files(config.data.train, config.data)
-    test_files = check_files(config.data.test, config.data, "data.test") if config.data.test else None
-    if test_files is None and not config.train.progressive:
-        raise ConfigError("data.test is empty and train.progressive is false: nothing would be scored; set one of them")
-    budget, distinct, dense_equivalent = config.budget.bytes, None, None
-    if config.budget.share is not None:
-        print("counting distinct ids ...", flush=True)
-        distinct = count_distinct(files, config.data, config.data.max_rows)
-        dense_equivalent = distinct * ShardSpec.of(config, None).dense_row_bytes
-        budget = int(dense_equivalent * config.budget.share)
-    check_budget(config, budget)
-    return Plan(config, files, test_files, budget, distinct, dense_equivalent)
 
 
 def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
@@ -124,7 +76,7 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
     try:
         result = trainer.fit()
     except BaseException as error:
-        tracking.finish(run_ref, "FAILED")
+        tracking.finish(run_ref, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         if isinstance(error, WorkerGroupError):
             rank, first = min(error.worker_failures.items())
             raise RuntimeError(f"worker {rank}: {first}") from error
@@ -133,10 +85,12 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         finished.set()
         watcher.join()
         ray.kill(coordinator)
-    tracking.finish(run_ref, "FINISHED")
     assert result.checkpoint is not None
     assert result.metrics is not None
-    return Outcome(result.metrics, Path(result.checkpoint.path), run_ref)
+    outcome = Outcome(result.metrics, Path(result.checkpoint.path), run_ref)
+    tracking.describe(run_ref, f"```\n{summary(plan, outcome)}\n```")
+    tracking.finish(run_ref, "FINISHED")
+    return outcome
 
 
 def _watch(coordinator: Any, finished: threading.Event, progress: Callable[[str], None]) -> None:

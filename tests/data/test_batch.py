@@ -67,6 +67,12 @@ def test_a_dense_column_without_a_name_is_named_by_its_number() -> None:
         replace(GOOD, dense=dense).validate(FEATURES)
 
 
+def test_a_weight_that_is_not_finite_is_named_by_feature_and_row() -> None:
+    weights = torch.ones(6)
+    weights[5] = float("nan")
+    assert refusal(weights=weights) == "feature 'tags', row 2 of the batch: the weight of an id is nan"
+
+
 @pytest.mark.parametrize("value", [0.5, -1.0, 2.0, float("nan")])
 def test_a_label_other_than_0_and_1_is_named_by_row_and_value(value: float) -> None:
     assert refusal(labels=torch.tensor([0.0, value, 1.0])) == f"label of row 1 of the batch is {value}; labels are 0 or 1"
@@ -79,6 +85,7 @@ def test_a_label_other_than_0_and_1_is_named_by_row_and_value(value: float) -> N
         ("labels", torch.int64, "torch.float32"),
         ("ids", torch.int32, "torch.int64"),
         ("offsets", torch.int32, "torch.int64"),
+        ("weights", torch.float64, "torch.float32"),
     ],
 )
 def test_a_wrong_dtype_is_named(name: str, dtype: torch.dtype, wanted: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -179,7 +180,7 @@ def test_columns_name_each_source_once() -> None:
         multi_hot=("tags",),
         time="t",
     )
-    assert Collator(config).columns == ["label", "rating", "user", "tags", "t"]
+    assert config.columns == ["label", "rating", "user", "tags", "t"]
 
 
 def test_an_empty_table_is_an_empty_batch() -> None:
@@ -225,6 +226,62 @@ def test_the_reserved_id_in_a_list_is_refused_by_the_row_of_the_table() -> None:
         Collator(DataConfig(multi_hot=("m",)))(table)
 
 
+WEIGHTED = DataConfig(categorical=("c",), multi_hot=("m", "n"), weights={"n": "w"}, cross=(("c", "d"),))
+
+
+def weighted(ids: Any, weights: Any) -> list[list[list[float]]]:
+    """Weights by feature and row."""
+    rows = len(ids)
+    table = pa.table({"label": [0] * rows, "c": range(rows), "d": range(rows), "m": [[1, 2]] * rows, "n": ids, "w": weights})
+    batch = Collator(WEIGHTED)(table, "part 7")
+    batch.validate(WEIGHTED.features)
+    assert batch.weights is not None
+    return bags(replace(batch, ids=batch.weights))
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64(), pa.float16(), pa.int8(), pa.int64()], ids=str)
+@pytest.mark.parametrize("outer", [pa.list_, pa.large_list], ids=["list", "large_list"])
+def test_ids_weigh_what_their_features_weights_say_and_all_others_1(outer: Any, kind: pa.DataType) -> None:
+    numbers = [np.float16(each) for each in (2, -3, 0)] if kind == pa.float16() else [2, -3, 0]
+    found = weighted([[5], None, [6, 7], []], pa.array([numbers[:1], None, numbers[1:], []], outer(kind)))
+    assert found == [[[1.0]] * 4, [[1.0, 1.0]] * 4, [[2.0], [], [-3.0, 0.0], []], [[1.0]] * 4]
+
+
+def test_a_null_list_of_weights_goes_with_an_empty_bag_and_the_other_way_round() -> None:
+    assert weighted([[], None, [5]], pa.array([None, [], [0.5]]))[2] == [[], [], [0.5]]
+
+
+def test_weights_in_lists_of_a_fixed_size_are_taken() -> None:
+    ids = pa.array([[1, 2], None, [3, 4]], pa.list_(pa.int64(), 2))
+    assert weighted(ids, pa.array([[1, 2], None, [3, 4]], pa.list_(pa.float32(), 2)))[2] == [[1, 2], [], [3, 4]]
+
+
+def test_without_weights_named_a_batch_has_none() -> None:
+    config = replace(WEIGHTED, weights={})
+    table = pa.table({"label": [0], "c": [1], "d": [2], "m": [[1]], "n": [[2]], "w": [[0.5]]})
+    assert Collator(config)(table).weights is None
+    assert "w" not in config.columns
+    assert "w" in WEIGHTED.columns
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([[1.0], [1.0]], "column 'w' (data.weights.n), row 1 has 1 weights for 2 ids of 'n'; every id needs one"),
+        ([[1.0], None], "column 'w' (data.weights.n), row 1 has 0 weights for 2 ids of 'n'; every id needs one"),
+        ([[1.0], [1.0, float("nan")]], "column 'w' (data.weights.n), row 1: nan; every id needs a finite weight"),
+        ([[1.0], [1e300, 1.0]], "column 'w' (data.weights.n), row 1: inf; every id needs a finite weight"),
+        ([[None], [1.0, 1.0]], "column 'w' (data.weights.n), row 0: null; every id needs a finite weight"),
+        ([0.5, 0.5], "column 'w' is double; the weights of 'n' are lists of numbers"),
+        ([["a"], ["b", "c"]], "column 'w' is list<"),
+    ],
+)
+def test_a_wrong_weight_is_refused_by_feature_column_and_row(weights: list[Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        weighted([[5], [6, 7]], weights)
+    assert str(caught.value).startswith(f"part 7: {message}")
+
+
 RAW_ID = st.none() | st.integers(-(2**63) + 1, 2**63 - 1)
 TEXT = st.none() | st.text(max_size=6)
 ROW = st.fixed_dictionaries(
@@ -238,6 +295,10 @@ ROW = st.fixed_dictionaries(
         "numbers": st.none() | st.lists(RAW_ID, max_size=4),
         "texts": st.none() | st.lists(TEXT, max_size=4),
     }
+).flatmap(
+    lambda row: st.lists(st.floats(-9, 9, width=32), min_size=len(row["texts"] or []), max_size=len(row["texts"] or [])).map(
+        lambda weights: row | {"weights": weights}
+    )
 )
 SCHEMA = pa.schema(
     [
@@ -249,12 +310,14 @@ SCHEMA = pa.schema(
         ("x", pa.float64()),
         ("numbers", pa.list_(pa.int64())),
         ("texts", pa.large_list(pa.large_string())),
+        ("weights", pa.list_(pa.float64())),
     ]
 )
 CONFIG = DataConfig(
     dense=("d",),
     categorical=("number", "text", "word", "band"),
     multi_hot=("numbers", "texts"),
+    weights={"texts": "weights"},
     cross=(("number", "text"), ("word", "band", "number")),
     bins={"band": Bin("x", 2.5)},
 )
@@ -284,6 +347,11 @@ def test_whole_columns_give_what_row_by_row_gives(rows: list[dict[str, Any]], cu
     assert batch.labels.tolist() == [row["label"] for row in rows]
     assert batch.dense[:, 0].tolist() == [row["d"] or 0.0 for row in rows]
     batch.validate(CONFIG.features, CONFIG.dense)
+    assert batch.weights is not None
+    found = bags(replace(batch, ids=batch.weights)) if rows else []
+    at = CONFIG.features.index("texts")
+    for feature, weights in enumerate(found):
+        assert weights == [row["weights"] if feature == at else [1.0] * len(ids[feature]) for row, ids in zip(rows, expected, strict=True)]
 
 
 def test_integers_beyond_a_floats_digits_can_be_binned() -> None:

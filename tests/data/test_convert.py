@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
+import tarfile
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,13 +76,26 @@ def test_an_integer_beyond_32_bits_keeps_its_value(tmp_path: Path) -> None:
     [
         (criteo_line("2"), "bad label"),
         (criteo_line(""), "bad label"),
+        (criteo_line("-1"), "bad label"),
+        (criteo_line('"1"'), "bad label"),
         (criteo_line(I3="1.5"), "bad integer"),
+        (criteo_line(I3="+3"), "bad integer"),
+        (criteo_line(I3="--3"), "bad integer"),
+        (criteo_line(I3=" 3"), "bad integer"),
+        (criteo_line(I3="NULL"), "bad integer"),
+        (criteo_line(I3="1\x00"), "bad integer"),
+        (criteo_line(I3="1\r"), "bad integer"),
         (criteo_line(I3="-"), "bad integer"),
         (criteo_line(I3="1-2"), "bad integer"),
         (criteo_line(I3="0x1f"), "bad integer"),
         (criteo_line(I3="9" * 30), "bad integer"),
         (criteo_line(C3="0000000g"), "bad hex id"),
         (criteo_line(C3="0123456789"), "bad hex id"),
+        (criteo_line(C3="-1"), "bad hex id"),
+        (criteo_line(C3="0x1f"), "bad hex id"),
+        (criteo_line(C3='"0000000a"'), "bad hex id"),
+        (criteo_line().replace(b"\t", b" "), "wrong number of columns"),
+        (criteo_line().replace(b"\t", b","), "wrong number of columns"),
         (criteo_line() + b"\t1", "wrong number of columns"),
         (b"nonsense", "wrong number of columns"),
         (criteo_line(C3="XXXXXXXX").replace(b"XXXXXXXX", b"\xff\xfe000000"), "bad UTF-8"),
@@ -91,6 +107,47 @@ def test_a_bad_criteo_line_is_left_out_and_counted_by_its_reason(tmp_path: Path,
     assert table["C1"].to_pylist() == [1, 2]
     assert dict(done.rejected) == {reason: 1}
     assert done.examples[reason] == f"{tmp_path / 'train.txt'}, line 2"
+
+
+def test_a_criteo_line_may_end_in_empty_fields_or_hold_nothing_but_its_label(tmp_path: Path) -> None:
+    ending = b"\t".join(criteo_line("1").split(b"\t")[:30]) + b"\t" * 10
+    done, table = criteo(tmp_path, ending, b"0" + b"\t" * 39, criteo_line(), end=b"\r\n")
+    assert (table.num_rows, done.rejected.total()) == (3, 0)
+    assert table["C16"].to_pylist() == [10, None, 10]
+    assert table["C17"].to_pylist() == [None, None, 10]
+    assert table["C26"].to_pylist() == [None, None, 10]
+    assert [table[name].to_pylist()[1] for name in INTEGERS] == [None] * 13
+
+
+def test_a_last_line_may_end_in_empty_fields_without_a_newline(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(criteo_line("1") + b"\n0" + b"\t" * 39)
+    convert([path], tmp_path / "out", Criteo(), split=0.0)
+    assert pq.read_table(tmp_path / "out" / "train.parquet")["C26"].to_pylist() == [10, None]
+
+
+@pytest.mark.parametrize(("text", "value"), [("-1", -1), ("-2147483648", -(2**31)), ("-0", 0), ("007", 7), ("9" * 18, 10**18 - 1)])
+def test_criteo_counts_may_be_negative_padded_or_long(tmp_path: Path, text: str, value: int) -> None:
+    _, table = criteo(tmp_path, criteo_line(I2=text, I13=text))
+    assert (table["I2"].to_pylist(), table["I13"].to_pylist()) == ([value], [value])
+
+
+@pytest.mark.parametrize(("text", "value"), [("a", 10), ("0", 0), ("abc1234", 0xABC1234), ("DEADBEEF", 0xDEADBEEF), ("00000000", 0)])
+def test_a_criteo_id_may_be_short_or_in_capitals_and_zero_is_no_missing_value(tmp_path: Path, text: str, value: int) -> None:
+    _, table = criteo(tmp_path, criteo_line(C1=text, C26=text))
+    assert (table["C1"].to_pylist(), table["C26"].to_pylist()) == ([value], [value])
+
+
+def test_a_criteo_line_of_39_columns_among_others_is_left_out(tmp_path: Path) -> None:
+    done, table = criteo(tmp_path, criteo_line("1"), criteo_line().partition(b"\t")[2], criteo_line("1"))
+    assert (table["label"].to_pylist(), dict(done.rejected)) == ([1, 1], {"wrong number of columns": 1})
+
+
+def test_a_last_line_cut_off_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(criteo_line("1") + b"\n" + criteo_line("0")[:-20])
+    done = convert([path], tmp_path / "out", Criteo(), split=0.0, max_rejected=1.0)
+    assert (done.train_rows, dict(done.rejected)) == (1, {"wrong number of columns": 1})
 
 
 def test_a_line_with_several_faults_is_counted_once(tmp_path: Path) -> None:
@@ -149,6 +206,41 @@ def test_a_truncated_file_is_refused_by_name_and_leaves_nothing(tmp_path: Path, 
     with pytest.raises(DataError, match=r"day_0\.packed: .*; fetch it again"):
         convert([path], tmp_path / "out", Criteo(), block_bytes=4096)
     assert not list((tmp_path / "out").glob("**/*"))
+
+
+def test_a_gzip_file_with_something_else_behind_it_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "day_0.gz").write_bytes(gzip.compress(criteo_line() + b"\n") + b"not gzip")
+    with pytest.raises(DataError, match=r"day_0\.gz: cannot be unpacked: .*; fetch it again"):
+        convert([tmp_path / "day_0.gz"], tmp_path / "out", Criteo())
+
+
+def archive(kind: str) -> bytes:
+    content = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(content, "w") as packed:
+            packed.writestr("train.txt", criteo_line())
+    else:
+        with tarfile.open(fileobj=content, mode="w:gz" if kind == "tar.gz" else "w") as packed:
+            packed.addfile(tarfile.TarInfo("train.txt"), io.BytesIO())
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "message"), [("zip", "a zip archive"), ("tar", "a tar archive"), ("tar.gz", "a tar archive")])
+def test_an_archive_is_refused_by_name(tmp_path: Path, kind: str, message: str) -> None:
+    (tmp_path / f"dac.{kind}").write_bytes(archive(kind))
+    with pytest.raises(DataError, match=rf"dac\.{kind}: {message}; unpack it first"):
+        convert([tmp_path / f"dac.{kind}"], tmp_path / "out", Criteo())
+
+
+def test_utf_16_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_bytes(criteo_line().decode().encode("utf-16"))
+    with pytest.raises(DataError, match=r"train\.txt: UTF-16 text; convert it to UTF-8"):
+        convert([tmp_path / "train.txt"], tmp_path / "out", Criteo())
+
+
+def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a folder; name the files in it"):
+        convert([tmp_path], tmp_path / "out", Criteo())
 
 
 def test_a_failure_leaves_earlier_output_as_it_was(tmp_path: Path) -> None:
@@ -229,7 +321,9 @@ def test_avazu_columns_are_integers_without_the_row_id(tmp_path: Path) -> None:
     assert all(pa.types.is_integer(each.type) for each in table.schema)
 
 
-@pytest.mark.parametrize("hour", ["14130100", "14023000", "14102124", "1410210", "1410210x", "", "14100000"])
+@pytest.mark.parametrize(
+    "hour", ["14130100", "14023000", "14102124", "1410210", "1410210x", "", "14100000", "2014102100", "141021", "-4102100", "14102100.0"]
+)
 def test_an_impossible_avazu_hour_is_rejected(tmp_path: Path, hour: str) -> None:
     done, table = avazu(tmp_path, avazu_line(), avazu_line(hour=hour))
     assert (table.num_rows, dict(done.rejected)) == (1, {"bad hour": 1})
@@ -239,7 +333,13 @@ def test_an_impossible_avazu_hour_is_rejected(tmp_path: Path, hour: str) -> None
     ("line", "reason"),
     [
         (avazu_line("yes"), "bad label"),
+        (avazu_line(""), "bad label"),
         (avazu_line(C14="a"), "bad integer"),
+        (avazu_line(C14="1.0"), "bad integer"),
+        (avazu_line(app_id='"ecad2386"'), "bad hex id"),
+        (avazu_line(app_id="ecad23860"), "bad hex id"),
+        (HEADER, "bad label"),
+        (avazu_line().rpartition(b",")[0], "wrong number of columns"),
         (avazu_line(app_id="zzzzzzzz"), "bad hex id"),
         (avazu_line() + b",1", "wrong number of columns"),
     ],
@@ -247,6 +347,42 @@ def test_an_impossible_avazu_hour_is_rejected(tmp_path: Path, hour: str) -> None
 def test_a_bad_avazu_line_is_counted_by_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
     done, table = avazu(tmp_path, avazu_line(), line)
     assert (table.num_rows, dict(done.rejected)) == (1, {reason: 1})
+
+
+def test_empty_avazu_fields_are_null_and_blank_lines_are_counted(tmp_path: Path) -> None:
+    done, table = avazu(tmp_path, avazu_line(site_id="", C21=""), b"", avazu_line(site_id="a", C21="-1"), b"")
+    assert (done.blank, done.rejected.total()) == (2, 0)
+    assert (table["site_id"].to_pylist(), table["C21"].to_pylist()) == ([None, 10], [None, -1])
+
+
+@pytest.mark.parametrize("row_id", ["10000169349117863715", "1.00001E+19", ""])
+def test_avazus_row_id_is_not_read_whatever_it_is(tmp_path: Path, row_id: str) -> None:
+    done, _ = avazu(tmp_path, avazu_line(id=row_id), avazu_line(id=row_id))
+    assert (done.train_rows, done.rejected.total()) == (2, 0)
+
+
+def test_avazu_columns_are_found_by_their_names(tmp_path: Path) -> None:
+    line = dict(zip(AVAZU, avazu_line("1", C14="15706", site_id="1fbe01fe").decode().split(","), strict=True))
+    names = sorted(AVAZU, reverse=True)
+    (tmp_path / "a.csv").write_text(",".join(names) + "\n" + ",".join(line[name] for name in names) + "\n")
+    convert([tmp_path / "a.csv"], tmp_path / "out", Avazu(), split=0.0)
+    (row,) = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
+    assert (row["label"], row["C14"], row["site_id"], row["hour_of_day"]) == (1, 15706, 0x1FBE01FE, 0)
+
+
+def test_avazu_files_may_each_have_a_header_or_be_pieces_of_one_file(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.csv", "b.csv", "piece.csv")]
+    for at, path in enumerate(paths):
+        path.write_bytes((HEADER + b"\n" if at < 2 else b"") + avazu_line(C14=str(at)) + b"\n")
+    done = convert(paths, tmp_path / "out", Avazu(), split=0.0)
+    assert done.rejected.total() == 0
+    assert pq.read_table(tmp_path / "out" / "train.parquet")["C14"].to_pylist() == [0, 1, 2]
+
+
+def test_a_quoted_avazu_header_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b",".join(b'"' + name.encode() + b'"' for name in AVAZU) + b"\n" + avazu_line() + b"\n")
+    with pytest.raises(DataError, match=r"a\.csv: not Avazu's header: .*missing"):
+        convert([tmp_path / "a.csv"], tmp_path / "out", Avazu())
 
 
 def test_avazus_test_file_is_refused_for_lack_of_clicks(tmp_path: Path) -> None:

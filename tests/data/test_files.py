@@ -13,7 +13,7 @@ from fiited_ray.config import Bin, DataConfig
 from fiited_ray.data import DataError, check_files
 from fiited_ray.data.files import SYNTHETIC_KEY
 
-ROWS = {"label": [0, 1], "age": [0.5, 1.5], "user": [7, 8], "tags": [["a"], []], "moment": [1, 2]}
+ROWS = {"label": [0, 1], "age": [0.5, 1.5], "user": [7, 8], "tags": [["a"], []], "moment": [1, 2], "seconds": [[0.5], []]}
 CONFIG = DataConfig(categorical=("user",))
 
 
@@ -76,7 +76,7 @@ def test_a_misspelt_column_gets_a_suggestion(tmp_path: Path) -> None:
 def test_a_column_like_no_other_gets_the_list_of_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet")
     config = DataConfig(categorical=("zzzzzz",))
-    assert refusal(path, config=config) == f"{path}: no column 'zzzzzz' (data.categorical); it has label, age, user, tags, moment"
+    assert refusal(path, config=config) == f"{path}: no column 'zzzzzz' (data.categorical); it has label, age, user, tags, moment, seconds"
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,30 @@ def test_a_column_like_no_other_gets_the_list_of_columns(tmp_path: Path) -> None
         ({"cross": (("user", "age"),)}, "column 'age' (data.cross) is double; ids are integers or strings; bin numbers with data.bins"),
         ({"multi_hot": ("age",)}, "column 'age' (data.multi_hot) is double; a multi_hot column holds lists of integers or strings"),
         ({"bins": {"band": Bin("tags", 1)}}, "column 'tags' (data.bins.band) is list<element: string>; only numbers can be binned"),
+        (
+            {"multi_hot": ("tags",), "weights": {"tags": "age"}},
+            "column 'age' (data.weights.tags) is double; the weights of 'tags' are lists of numbers",
+        ),
+        (
+            {"multi_hot": ("tags",), "weights": {"tags": "secnds"}},
+            "no column 'secnds' (data.weights.tags); did you mean 'seconds'?",
+        ),
         ({"time": "tags"}, "column 'tags' (data.time) is list<element: string>; time is a number or a timestamp"),
     ],
 )
 def test_a_column_of_the_wrong_type_is_refused_by_file_column_and_role(tmp_path: Path, roles: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "a.parquet")
     assert refusal(path, config=DataConfig(**{"categorical": ("user",)} | roles)).startswith(f"{path}: {message}")
+
+
+def test_lists_of_text_are_no_weights(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", seconds=[["long"], []])
+    assert "data.weights.tags" in refusal(path, config=DataConfig(multi_hot=("tags",), weights={"tags": "seconds"}))
+
+
+def test_lists_of_numbers_are_weights(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", seconds=[[2], []])
+    assert check_files((path,), DataConfig(multi_hot=("tags",), weights={"tags": "seconds"})).total_rows == 2
 
 
 def test_lists_of_lists_are_no_multi_hot_column(tmp_path: Path) -> None:

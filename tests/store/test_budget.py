@@ -91,7 +91,7 @@ def test_refused_rows_are_counted_and_read_as_zero() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_an_impossible_budget_names_the_smallest_possible_one(workers: int) -> None:
-    config = Config(data=DataConfig(categorical=("a",)), train=TrainConfig(workers=workers))
+    config = Config(data=DataConfig(categorical=("a", "b")), train=TrainConfig(workers=workers))
     with pytest.raises(ConfigError, match="smallest possible budget") as error:
         check_budget(config, 10_000)
     smallest = int(str(error.value).split("here is ")[1].split(" ")[0])
@@ -112,6 +112,6 @@ def test_buckets_are_dealt_once_and_evenly(workers: int) -> None:
 
 
 def test_fixed_bytes_of_all_shards_do_not_depend_on_their_number() -> None:
-    config = Config(data=DataConfig(categorical=("a",)))
+    config = Config(data=DataConfig(categorical=("a", "b")))
     sums = [sum(ShardSpec.of(config, 2**26, rank, workers).plan()[0] for rank in range(workers)) for workers in (1, 2, 4)]
     assert max(sums) - min(sums) <= 4  # whole bytes

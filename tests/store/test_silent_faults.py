@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import fold, keys_of, learn, make_spec, padded, read
 
-from fiited_ray.store import VhpiShard, ops
+from fiited_ray.config import EmbeddingConfig
+from fiited_ray.store import VhpiShard, bucket_range, ops
 from fiited_ray.store.reference import initial_values, key_of
 
 
@@ -80,6 +81,25 @@ def test_a_chunk_that_comes_back_has_clean_values_and_state_and_the_rest_keeps_i
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+def test_slots_of_other_ids_leave_no_trace(optimizer: str, storage: str) -> None:
+    spec = make_spec(optimizer=optimizer, storage=storage, importance="norm", decay=1.0)
+    others, ids = list(range(100)), list(range(1000, 1100))
+    used, fresh = VhpiShard(spec), VhpiShard(spec)
+    for step, strength in enumerate((1.0, 30.0, 900.0), 1):
+        learn(used, others, torch.full((100, 12), strength), step)
+        used.resize(strength)  # rows of every width have stood in the slots
+    used.resize(1e9)
+    for shard in (used, fresh):
+        shard.resize(0.0)
+        for step in range(4, 7):
+            learn(shard, ids, torch.randn(100, 12, generator=torch.Generator().manual_seed(step)), step)
+    assert used.stats().rows == 100
+    for name, tensor in fresh.export_rows().tensors().items():
+        assert torch.equal(tensor, used.export_rows().tensors()[name]), name
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
 def test_state_narrows_with_its_row(optimizer: str, storage: str) -> None:
     spec = make_spec(optimizer=optimizer, storage=storage, importance="norm", decay=1.0)
     shard = VhpiShard(spec)
@@ -117,8 +137,6 @@ def test_a_lookup_without_a_row_reads_zero_and_is_counted() -> None:
 
 
 def test_the_fused_adagrad_is_torchs_defaults_included() -> None:
-    from fiited_ray.config import EmbeddingConfig
-
     eps = EmbeddingConfig().eps
     assert eps == torch.optim.Adagrad([torch.zeros(1)]).defaults["eps"]
     shard = VhpiShard(make_spec(optimizer="adagrad", eps=eps))
@@ -131,6 +149,17 @@ def test_the_fused_adagrad_is_torchs_defaults_included() -> None:
         weight.grad = gradient
         optimizer.step()
     torch.testing.assert_close(padded(shard, read(shard, [5]))[0], weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("eps", [1e-10, 1e-8, 1e-3])
+def test_eps_is_the_configured_one_and_stands_outside_the_root(optimizer: str, eps: float) -> None:
+    shard = VhpiShard(make_spec(optimizer=optimizer, eps=eps))
+    keys, _ = keys_of([5], [0])
+    before = torch.from_numpy(initial_values(int(keys[0]) % 2**64, 0, 0, 12, 0.1))
+    learn(shard, [5], torch.full((1, 12), 1e-4), 1, lr=0.01)
+    moved = before - padded(shard, read(shard, [5]))[0]
+    torch.testing.assert_close(moved, torch.full((12,), 0.01 * 1e-4 / (1e-4 + eps)), rtol=1e-3, atol=1e-7)
 
 
 def test_the_fused_adam_is_torchs_sparse_adam() -> None:
@@ -171,8 +200,6 @@ def test_every_key_has_one_owner_whatever_the_number_of_workers(workers: int) ->
     local = ops.dedup_ids(torch.arange(5000), torch.tensor([5000]), torch.tensor([0], dtype=torch.int32), 0, workers)
     assert int(local.splits.sum()) == 5000
     assert int(local.splits.min()) > 0.8 * 5000 / workers
-    from fiited_ray.store import bucket_range
-
     for rank, keys in enumerate(local.keys.split(local.splits.tolist())):
         first, end = bucket_range(rank, workers)
         buckets = (keys >> 54) & 1023

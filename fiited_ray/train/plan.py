@@ -1,0 +1,66 @@
+"""What can be known before Ray starts: that the files fit the configuration, and how many bytes there are to share out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fiited_ray.config import Config, ConfigError
+from fiited_ray.data.files import Files, check_files
+from fiited_ray.tracking_address import absolute_uri, check_address
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before any worker starts."""
+
+    config: Config
+    files: Files
+    test_files: Files | None
+    budget_bytes: int | None
+    distinct_ids: int | None  # counted only where the budget is a share
+    dense_equivalent_bytes: int | None
+
+    def describe(self) -> str:
+        budget = "none" if self.budget_bytes is None else f"{self.budget_bytes / 2**20:.2f} MiB"
+        lines = [f"training rows {self.files.total_rows:,}{' (synthetic)' if self.files.synthetic else ''}, embedding budget {budget}"]
+        if self.dense_equivalent_bytes is not None:
+            share = (self.budget_bytes or 0) / self.dense_equivalent_bytes
+            lines.append(
+                f"{self.distinct_ids:,} distinct ids (+-1 %): full-width tables and optimizer state would take "
+                f"{self.dense_equivalent_bytes / 2**20:.2f} MiB; the budget is {share:.2%} of that"
+            )
+        return "\n".join(lines)
+
+
+def make_plan(config: Config) -> Plan:
+    """Check files, budget and the tracking store's address.
+
+    Raises:
+        DataError: for files that cannot be used.
+        ConfigError: for a budget below the smallest possible one, a device that is not supported, or no place to write the run to.
+    """
+    if config.train.use_gpu:
+        raise ConfigError("train.use_gpu: this build has the CPU store only; set it to false")
+    files = check_files(config.data.train, config.data)
+    test_files = check_files(config.data.test, config.data, "data.test") if config.data.test else None
+    if test_files is None and not config.train.progressive:
+        raise ConfigError("data.test is empty and train.progressive is false: nothing would be scored; set one of them")
+    # from here on torch is needed, which takes seconds to import: a misspelt column should not wait for it
+    from fiited_ray.store.layout import ShardSpec, check_budget
+
+    budget, distinct, dense_equivalent = config.budget.bytes, None, None
+    if config.budget.share is not None:
+        from fiited_ray.data.statistics import count_distinct
+
+        print("counting distinct ids ...", flush=True)
+        distinct = count_distinct(files, config.data, config.data.max_rows)
+        dense_equivalent = distinct * ShardSpec.of(config, None).dense_row_bytes
+        budget = int(dense_equivalent * config.budget.share)
+    check_budget(config, budget)
+    check_address(absolute_uri(config.tracking.uri))
+    try:
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: {config.output} cannot be made: {error.strerror}; name a folder that can be written") from None
+    return Plan(config, files, test_files, budget, distinct, dense_equivalent)
