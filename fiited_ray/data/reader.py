@@ -50,7 +50,7 @@ def parquet_batches(
     collate = Collator(config)
     tables = (_slice(table, rank, workers) for table in _global_batches(files, config, batch_size, max_rows))
     batches = _collated(tables, collate, batch_size, files.locate)
-    return _ahead(batches) if prefetch else batches
+    return ahead(batches) if prefetch else batches
 
 
 def ray_dataset(files: Files, config: DataConfig, max_rows: int | None = None) -> ray.data.Dataset:
@@ -77,7 +77,7 @@ def ray_batches(shard: ray.data.DataIterator, config: DataConfig, batch_size: in
     collate = Collator(config)
     tables = shard.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=_PREFETCH)
     slices = (_slice(table, rank, workers) for table in tables)
-    return _ahead(_collated(slices, collate, batch_size, lambda row: f"row {row} in reading order"))
+    return ahead(_collated(slices, collate, batch_size, lambda row: f"row {row} in reading order"))
 
 
 def _collated(slices: Iterator[tuple[pa.Table, int]], collate: Collator, batch_size: int, locate: Callable[[int], str]) -> Iterator[Batch]:
@@ -173,7 +173,7 @@ def _slice(table: pa.Table, rank: int, workers: int) -> tuple[pa.Table, int]:
     return table.slice(begin, (rank + 1) * rows // workers - begin), begin
 
 
-def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     """Make batches in a thread, a few ahead of their use; its errors come out here."""
     made: queue.Queue[Batch | BaseException | None] = queue.Queue(_PREFETCH)
     stopped = threading.Event()

@@ -66,7 +66,7 @@ class Worker:
         )
         self.dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
         self.model: nn.Module = DistributedDataParallel(self.dense) if self.exchange.workers > 1 else self.dense
-        self.optimizer = _optimizer(config, self.model)
+        self.optimizer = dense_optimizer(config, self.model)
         self.schedule = RoundSchedule(config.policy)
         self.threshold = 0.0  # the global one, in force since the last round
         self.losses: list[float] = []  # of the global batches
@@ -248,7 +248,8 @@ def _timed(batches: Iterable[Batch], times: PhaseTimes) -> Iterator[Batch]:
         yield batch
 
 
-def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def dense_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the dense parameters that a configuration names."""
     kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
     return cast(torch.optim.Optimizer, kinds[config.train.optimizer](model.parameters(), lr=config.train.lr))
 
