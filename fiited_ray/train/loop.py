@@ -251,7 +251,7 @@ def _timed(batches: Iterable[Batch], times: PhaseTimes) -> Iterator[Batch]:
 def dense_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the dense parameters that a configuration names."""
     kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
-    return cast(torch.optim.Optimizer, kinds[config.train.optimizer](model.parameters(), lr=config.train.lr))
+    return cast(torch.optim.Optimizer, kinds[config.train.optimizer](model.parameters(), lr=config.train.lr, fused=True))
 
 
 def _shared(worker: Worker, metrics: BinaryMetrics) -> dict[str, float]:
