@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from fiited_ray.config import Config
 from fiited_ray.coordinator import Decider
@@ -134,7 +135,8 @@ def train_step(worker: Worker, batch: Batch) -> None:
         worker.optimizer.zero_grad(set_to_none=True)
     inner = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update"))
     start = time.perf_counter()
-    loss.backward()
+    with record_function("backward"):
+        loss.backward()
     with worker.times.phase("model"):
         worker.optimizer.step()
     spent_inside = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update")) - inner

@@ -228,6 +228,18 @@ def test_a_file_damaged_after_the_check_is_refused_by_name(tmp_path: Path) -> No
         list(parquet_batches(files, CONFIG, 16))
 
 
+def test_row_groups_that_hold_no_row_of_a_worker_are_not_read(tmp_path: Path) -> None:
+    files = write(tmp_path, 0, 64, group=8)
+    path = Path(files.paths[0])
+    content = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(2).column(0)  # rows 16 to 24: the second worker's, of batches of 32
+    content[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(content)
+    assert all_rows(parquet_batches(files, CONFIG, 32, rank=0, workers=2)) == [*range(16), *range(32, 48)]
+    with pytest.raises(DataError, match=r"part-00\.parquet: reading it failed"):
+        list(parquet_batches(files, CONFIG, 32, rank=1, workers=2))
+
+
 def test_a_file_gone_after_the_check_is_refused_by_name(files: Files) -> None:
     Path(files.paths[1]).unlink()
     with pytest.raises(DataError, match=r"part-01\.parquet: reading it failed"):
