@@ -4,7 +4,7 @@
 
 Without --config the data are synthetic, in Criteo's shape, made into a temporary folder. All systems read the same Parquet files with the
 same reader (its thread included), batch size, towers, dense optimizer and D; single-process ones have two threads, ours is measured as
-one process with two threads and as two processes with one, and the faster of these is its headline. Each system has processes of its
+one process with two threads and as two processes with one, and the faster of these is its headline (`ours_full`). Each system has processes of its
 own; they take turns, one runs at a time, and figures are medians over turns. All of them measure on the same batches: ours has trained
 on all before, the peers, whose speed does not depend on what was learned, on the last few of these.
 
@@ -180,7 +180,8 @@ class Contestant:
     """A system's processes, waiting for their turn."""
 
     def __init__(self, task: Task) -> None:
-        self.system, self.turns = task.system, []  # type: ignore[var-annotated]
+        self.system, self.steps = task.system, task.steps
+        self.turns: list[list[dict[str, Any]]] = []
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         task = dataclasses.replace(task, folder=self._folder.name)
@@ -227,15 +228,13 @@ class Contestant:
         }
         if self.system.kind == "ours":
             phases = {phase: 1e3 * statistics.median(each[phase] for each in first) for phase in PHASES}
-            step = 1e3 * statistics.median(seconds) / self._steps
+            step = 1e3 * statistics.median(seconds) / self.steps
             figures["ms_by_phase"] = phases | {"other": step - sum(phases.values())}
             figures |= {name: first[-1][name] for name in ("bytes/total", "bytes/dense_equivalent", "lookup/hit_rate")}
             figures["wire_bytes_per_sample"] = (
-                statistics.median(sum(each["wire_bytes_per_step"] for each in turn) for turn in self.turns) * self._steps / samples
+                statistics.median(sum(each["wire_bytes_per_step"] for each in turn) for turn in self.turns) * self.steps / samples
             )
         return figures
-
-    _steps = 1
 
 
 def label(share: float) -> str:
@@ -301,7 +300,6 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(arguments.turns):
         for contestant in contestants:
             contestant.turn()
-    Contestant._steps = arguments.steps
     figures = {each.system.name: each.figures(arguments.steps * config.train.batch_size) for each in contestants}
     for contestant in contestants:
         contestant.close()

@@ -20,7 +20,7 @@ from fiited_ray.models import build_model
 from fiited_ray.models.towers import tower
 from fiited_ray.train.loop import dense_optimizer
 
-HOW_TO_INSTALL = "pip install 'fiited-ray[benchmarks]' && pip install --no-deps torchrec==1.8.0 tensordict pyre-extensions"
+HOW_TO_INSTALL = "pip install -e '.[benchmarks]' && pip install --no-deps torchrec==1.8.0"
 
 
 class PlainDLRM(nn.Module):
