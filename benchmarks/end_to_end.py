@@ -4,8 +4,8 @@
 
 Without --config the data are synthetic, in Criteo's shape, made into a temporary folder. All systems read the same Parquet files with the
 same reader (its thread included), batch size, towers, dense optimizer and D; single-process ones have two threads, ours is measured as
-one process with two threads and as two processes with one, and the faster of these is its headline (`ours_full`). Each system has processes of its
-own; they take turns, one runs at a time, and figures are medians over turns. All of them measure on the same batches: ours has trained
+one process with two threads and as two processes with one, and the faster of these is its headline (`ours_full`). Each system has
+processes of its own; they take turns, one runs at a time, and figures are medians over turns. All of them measure on the same batches: ours has trained
 on all before, the peers, whose speed does not depend on what was learned, on the last few of these.
 
 `full`: a row for every id (peers: as many rows as distinct ids). `1/16`: ours within a sixteenth of the dense-equivalent bytes,
@@ -252,12 +252,13 @@ def systems(shares: list[float], borrow_dense: bool) -> list[System]:
 def conclude(figures: dict[str, dict[str, Any]], shares: list[float]) -> dict[str, Any]:
     """The keys that are compared: best of ours, best of the peers, and how two workers scale."""
     rates: dict[str, float | None] = {name: each["samples_per_s"] for name, each in figures.items()}
-    result: dict[str, Any] = {"speedup_vs_best_peer": {}, "speedup_vs_best_peer_with_our_dense_part": {}, "scaling_1_to_2": {}}
+    result: dict[str, Any] = {"speedup_vs_best_peer": {}, "speedup_vs_best_peer_with_our_dense_part": {}}
     best_peer: dict[tuple[str, bool], float] = {}
     for size in map(label, shares):
         ours = max(rates[f"ours_{size}_{shape}"] or 0 for shape in ("1x2", "2x1"))
         rates[f"ours_{size}"] = ours
-        result["scaling_1_to_2"][size] = (rates[f"ours_{size}_2x1"] or 0) / (rates[f"ours_{size}_1x1"] or 1)
+        key = "scaling_1_to_2" if size == "full" else f"scaling_1_to_2_at_{size}"
+        result[key] = (rates[f"ours_{size}_2x1"] or 0) / (rates[f"ours_{size}_1x1"] or 1)
         for borrowed in (False, True):
             found = [rate for kind in peers.PEERS if (rate := rates.get(f"{kind}_{size}{'_our_dense' if borrowed else ''}"))]
             if found:
