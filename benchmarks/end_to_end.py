@@ -3,10 +3,10 @@
     python benchmarks/end_to_end.py --json FILE [--config FILE.yaml] [key=value ...]
 
 Without --config the data are synthetic, in Criteo's shape, made into a temporary folder. All systems read the same Parquet files with the
-same reader (its thread included), batch size, towers, dense optimizer and D; single-process ones have two threads, ours is measured as
+same reader (its thread included), batch size, towers, dense optimizer and D. Single-process ones have two threads; ours is measured as
 one process with two threads and as two processes with one, and the faster of these is its headline (`ours_full`). Each system has
-processes of its own; they take turns, one runs at a time, and figures are medians over turns. All of them measure on the same batches: ours has trained
-on all before, the peers, whose speed does not depend on what was learned, on the last few of these.
+processes of its own. They take turns, one runs at a time, and figures are medians over turns. All of them measure on the same batches:
+ours has trained on all before, the peers, whose speed does not depend on what was learned, on the last few of these.
 
 `full`: a row for every id (peers: as many rows as distinct ids). `1/16`: ours within a sixteenth of the dense-equivalent bytes,
 everything counted; peers with a sixteenth of the rows, ids modulo that. Row-wise Adagrad, but elementwise for torch, which has no other
