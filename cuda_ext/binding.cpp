@@ -15,6 +15,7 @@
 
 #include "cpu/batch.h"
 #include "cpu/buffers.h"
+#include "cpu/interaction.h"
 #include "cpu/parallel.h"
 #include "cpu/shard.h"
 
@@ -496,6 +497,37 @@ Tensor cross_ids(Tensor left, Tensor right) {
   return out;
 }
 
+// ---- interaction ---------------------------------------------------------------------------------------------------------
+
+fiited::Interaction interaction_of(const std::optional<Tensor>& below, const Tensor& vectors) {
+  REQUIRE(vectors.dim() == 3, "vectors must be [batch, features, dim]");
+  fiited::Interaction shape{vectors.size(0), static_cast<int>(vectors.size(1)), static_cast<int>(vectors.size(2)), nullptr,
+                            read<float>(vectors, ScalarType::Float, "vectors", -1)};
+  if (below) shape.below = read<float>(*below, ScalarType::Float, "below", shape.batch * shape.dim);
+  return shape;
+}
+
+Tensor interact(std::optional<Tensor> below, Tensor vectors, int64_t columns) {
+  const auto shape = interaction_of(below, vectors);
+  REQUIRE(columns >= shape.width(), "columns must be at least " + std::to_string(shape.width()));
+  Tensor out = torch::stable::empty({shape.batch, columns}, ScalarType::Float);
+  fiited::interact(shape, static_cast<int>(columns), static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// Gradients of `below` (empty where there is none) and of `vectors`.
+std::tuple<Tensor, Tensor> interact_backward(Tensor grad_out, std::optional<Tensor> below, Tensor vectors) {
+  const auto shape = interaction_of(below, vectors);
+  REQUIRE(grad_out.dim() == 2 && grad_out.size(0) == shape.batch && grad_out.size(1) >= shape.width(),
+          "grad_out must be [batch, columns], as interact gave it");
+  const auto* grad = read<float>(grad_out, ScalarType::Float, "grad_out", -1);
+  Tensor grad_below = torch::stable::empty({shape.below != nullptr ? shape.batch : 0, shape.dim}, ScalarType::Float);
+  Tensor grad_vectors = torch::stable::empty({shape.batch, shape.vectors_in, shape.dim}, ScalarType::Float);
+  fiited::interact_backward(shape, static_cast<int>(grad_out.size(1)), grad, static_cast<float*>(grad_below.mutable_data_ptr()),
+                            static_cast<float*>(grad_vectors.mutable_data_ptr()));
+  return {grad_below, grad_vectors};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fiited, m) {
@@ -542,6 +574,8 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def(
       "lookup_norms(Tensor grad_out, int rows, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int dim) -> "
       "Tensor");
+  m.def("interact(Tensor? below, Tensor vectors, int columns) -> Tensor");
+  m.def("interact_backward(Tensor grad_out, Tensor? below, Tensor vectors) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fiited, CompositeExplicitAutograd, m) {
@@ -572,6 +606,8 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("pool_backward", TORCH_BOX(&pool_backward));
   m.impl("pool_weights_backward", TORCH_BOX(&pool_weights_backward));
   m.impl("lookup_norms", TORCH_BOX(&lookup_norms));
+  m.impl("interact", TORCH_BOX(&interact));
+  m.impl("interact_backward", TORCH_BOX(&interact_backward));
   m.impl("hash_strings", TORCH_BOX(&hash_strings));
   m.impl("cross_ids", TORCH_BOX(&cross_ids));
 }

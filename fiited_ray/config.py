@@ -108,6 +108,7 @@ class DataConfig:
     shared_tables: dict[str, tuple[str, ...]] = field(default_factory=dict)  # table name -> features that share it
     time: str | None = None  # rows are read in this column's order
     max_rows: int | None = None  # read no more training rows than this
+    reader: Literal["arrow", "ray"] = "arrow"  # arrow: each worker reads the files itself; ray: through Ray Data, which can also sort
 
     def __post_init__(self) -> None:
         names = [*self.dense, *self.categorical, *self.multi_hot, self.label]

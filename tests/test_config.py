@@ -414,6 +414,7 @@ def full_config() -> Config:
             shared_tables={"items": ("item", "seen")},
             time="day",
             max_rows=1000,
+            reader="ray",
         ),
         name="all-set",
         seed=7,

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fiited_ray.config import Budget, Config, ConfigError, DataConfig, EmbeddingConfig, ModelConfig, TrackingConfig, TrainConfig
+from fiited_ray.data import DataError
 from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
 from fiited_ray.summary import summary
 from fiited_ray.train.plan import Plan, make_plan
@@ -71,6 +72,23 @@ def test_a_run_trains_within_its_budget_and_logs_everything(finished: tuple[Plan
     assert logged.data.metrics["wire/bytes_per_step"] > 0
     plots = {Path(each.path).name for each in client.list_artifacts(outcome.run.run_id, "plots")}
     assert {"bytes.png", "quality.png", "widths.png", "time.png", "hit_rate.png"} <= plots
+
+
+def test_reading_through_ray_data_trains_the_same_model(finished: tuple[Plan, Outcome, list[str]], config: Config) -> None:
+    data = dataclasses.replace(config.data, reader="ray")
+    outcome = run(make_plan(dataclasses.replace(config, data=data, name="through-ray")), lambda text: None)
+    for name in ("train/loss", "eval/auc", "bytes/total"):
+        assert outcome.metrics[name] == pytest.approx(finished[1].metrics[name], rel=1e-5)
+
+
+def test_files_out_of_time_order_are_refused_before_anything_starts_unless_ray_sorts(config: Config, tmp_path: Path) -> None:
+    rows = pq.read_table(config.data.train[0]).slice(0, 100)
+    pq.write_table(rows.take(pa.array(np.arange(100)[::-1].copy())), tmp_path / "turned.parquet")
+    data = dataclasses.replace(config.data, train=(str(tmp_path / "turned.parquet"),), test=(), time="time")
+    turned = dataclasses.replace(config, data=data, budget=Budget())
+    with pytest.raises(DataError, match=r"data\.train is not in the order of 'time' .*; sort the files, or let data\.reader=ray sort"):
+        make_plan(turned)
+    make_plan(dataclasses.replace(turned, data=dataclasses.replace(data, reader="ray")))
 
 
 def test_the_summary_tells_what_a_person_wants_to_know(finished: tuple[Plan, Outcome, list[str]]) -> None:

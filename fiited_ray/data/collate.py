@@ -39,26 +39,22 @@ class Collator:
         table = table.combine_chunks()
         rows = table.num_rows
         scalar = {name: self._ids(table, name, where) for name in self.config.scalar}
-        ids = [scalar[name] for name in self.config.categorical]
-        lengths = [torch.ones(rows, dtype=torch.int64)] * len(ids)
+        features: list[tuple[Tensor, Tensor | None]] = [(scalar[name], None) for name in self.config.categorical]  # None: one id a row
         weights: dict[int, Tensor] = {}  # by feature
         for name in self.config.multi_hot:
-            bag_ids, bag_lengths = _lists(_array(table, name), name, where)
+            ids, lengths = _lists(_array(table, name), name, where)
             if column := self.config.weights.get(name):
-                weights[len(ids)] = _weights(_array(table, column), column, name, bag_lengths, where)
-            ids.append(bag_ids)
-            lengths.append(bag_lengths)
+                weights[len(features)] = _weights(_array(table, column), column, name, lengths, where)
+            features.append((ids, lengths))
         for first, *rest in self.config.cross:
             crossed = scalar[first]
             for name in rest:
                 crossed = ops().cross_ids(crossed, scalar[name])
-            ids.append(crossed)
-            lengths.append(torch.ones(rows, dtype=torch.int64))
-        offsets = torch.zeros(sum(map(len, lengths)) + 1, dtype=torch.int64)
-        torch.cumsum(torch.cat(lengths), 0, out=offsets[1:])
+            features.append((crossed, None))
+        ids = torch.cat([each for each, _ in features])
         labels = _labels(_array(table, self.config.label), self.config.label, where)
-        weighted = torch.cat([weights.get(at, torch.ones(len(each))) for at, each in enumerate(ids)]) if weights else None
-        return Batch(self._dense(table, where), labels, torch.cat(ids), offsets, weighted)
+        weighted = torch.cat([weights.get(at, torch.ones(len(each))) for at, (each, _) in enumerate(features)]) if weights else None
+        return Batch(self._dense(table, where), labels, ids, _offsets(rows, features), weighted)
 
     def _ids(self, table: pa.Table, name: str, where: str) -> Tensor:
         if name not in self.config.bins:
@@ -93,6 +89,21 @@ class Collator:
         return torch.from_numpy(out)
 
 
+def _offsets(rows: int, features: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """int64 [F*rows+1]: where each bag begins, of features given as ids and bag lengths (None: one id a row)."""
+    offsets = torch.empty(len(features) * rows + 1, dtype=torch.int64)
+    one_each, begin = torch.arange(rows), 0
+    for at, (ids, lengths) in enumerate(features):
+        mine = offsets[at * rows : (at + 1) * rows]
+        if lengths is None:
+            torch.add(one_each, begin, out=mine)
+        else:
+            torch.cumsum(lengths, 0, out=mine).sub_(lengths).add_(begin)
+        begin += len(ids)
+    offsets[-1] = begin
+    return offsets
+
+
 def _array(table: pa.Table, name: str) -> pa.Array:
     column = table[name]
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -120,8 +131,8 @@ def _scalar_ids(array: pa.Array, name: str, where: str, owners: Tensor | None = 
             f"{where}: column {name!r} is {kind}; ids are integers or strings"
             + (" (bin it with data.bins)" if pa.types.is_floating(kind) else "")
         )
-    ids = _integers(array.fill_null(0))
-    if not pa.types.is_uint64(kind) and bool((ids == NULL_ID).any()):
+    ids = _integers(array.fill_null(0) if array.null_count else array)
+    if kind == pa.int64() and len(ids) and int(ids.min()) == NULL_ID:
         at = int((ids == NULL_ID).nonzero()[0])
         row = at if owners is None else int(owners[at])
         raise DataError(f"{where}: column {name!r}, row {row}: the id -2**63 stands for a missing value; write null instead", row)

@@ -7,8 +7,10 @@ import glob
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fiited_ray.config import DataConfig
@@ -157,3 +159,22 @@ def _is_id(kind: pa.DataType) -> bool:
         return _is_id(kind.value_type)
     strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     return strings or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+
+
+def is_sorted(files: Files, column: str) -> bool:
+    """Whether the files are in the order of a column: row-group statistics say no at once, only the column itself says yes."""
+    last: Any = None
+    for path in files.paths:
+        with pq.ParquetFile(path) as file:
+            for group, stats in enumerate(column_statistics(file.metadata, column)):
+                if stats is None or not stats.has_min_max or (last is not None and stats.min < last):
+                    return False
+                if not _group_sorted(file, group, column):
+                    return False
+                last = stats.max
+    return True
+
+
+def _group_sorted(file: pq.ParquetFile, group: int, column: str) -> bool:
+    values = file.read_row_group(group, columns=[column])[column].combine_chunks()
+    return bool(len(values) < 2 or not pc.any(pc.less(values.slice(1), values.slice(0, len(values) - 1))).as_py())

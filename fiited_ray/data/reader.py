@@ -1,6 +1,6 @@
 """Two ways from Parquet to batches with one contract: step t of any number of workers is the same rows of the files.
 
-Rows r of global batch t are dealt in contiguous slices: of its n rows worker k gets rows k*n//W up to (k+1)*n//W. The last batch is
+Rows of global batch t are dealt in contiguous slices: of its n rows worker k gets rows k*n//W up to (k+1)*n//W. The last batch is
 short, and a worker may find itself with no row in it, so that all workers take the same number of steps and no row is lost.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from fiited_ray.config import DataConfig
 from fiited_ray.data.batch import Batch
 from fiited_ray.data.collate import Collator
 from fiited_ray.data.errors import DataError
-from fiited_ray.data.files import Files, column_statistics
+from fiited_ray.data.files import Files, is_sorted
 
 if TYPE_CHECKING:
     import ray.data
@@ -38,7 +39,7 @@ def parquet_batches(
     max_rows: int | None = None,
     prefetch: bool = True,
 ) -> Iterator[Batch]:
-    """Read files directly with Arrow, a row group at a time, in a thread of its own.
+    """Read files directly with Arrow in a thread of its own; row groups that hold no row of this worker's are left out.
 
     With `config.time` the rows come in that column's order; files that are not sorted by it are an error here.
 
@@ -48,9 +49,9 @@ def parquet_batches(
     Raises:
         DataError: for bad data, naming file, column and row.
     """
-    collate = Collator(config)
-    tables = (_slice(table, rank, workers) for table in _global_batches(files, config, batch_size, max_rows))
-    batches = _collated(tables, collate, batch_size, files.locate)
+    total = files.total_rows if max_rows is None else min(max_rows, files.total_rows)
+    share = _Share(batch_size, total, rank, workers)
+    batches = _collated(_slices(files, config, share), Collator(config), batch_size, files.locate)
     return ahead(batches, _PREFETCH, "batches") if prefetch else batches
 
 
@@ -117,56 +118,86 @@ def data_config() -> Any:
     return ray.train.DataConfig(datasets_to_split=[], execution_options=options)
 
 
-def is_sorted(files: Files, column: str) -> bool:
-    """Whether the files are in the order of a column: row-group statistics say no at once, only the column itself says yes."""
-    last: Any = None
-    for path in files.paths:
-        with pq.ParquetFile(path) as file:
-            for group, stats in enumerate(column_statistics(file.metadata, column)):
-                if stats is None or not stats.has_min_max or (last is not None and stats.min < last):
-                    return False
-                if not _group_sorted(file, group, column):
-                    return False
-                last = stats.max
-    return True
+@dataclass(frozen=True)
+class _Share:
+    """Which rows a worker needs."""
+
+    batch_size: int
+    total: int
+    rank: int
+    workers: int
+
+    @property
+    def steps(self) -> int:
+        return -(-self.total // self.batch_size)
+
+    def of(self, step: int) -> tuple[int, int]:
+        """First row of a global batch that is this worker's, and the one behind its last, counted over all files."""
+        first = step * self.batch_size
+        rows = min(self.batch_size, self.total - first)
+        return first + self.rank * rows // self.workers, first + (self.rank + 1) * rows // self.workers
+
+    def touches(self, begin: int, end: int) -> bool:
+        """Whether any row from begin to end (exclusive) is this worker's."""
+        steps = range(begin // self.batch_size, min(self.steps, -(-end // self.batch_size)))
+        return any(max(begin, first) < min(end, last) for first, last in map(self.of, steps))
 
 
-def _group_sorted(file: pq.ParquetFile, group: int, column: str) -> bool:
-    values = file.read_row_group(group, columns=[column])[column].combine_chunks()
-    return bool(len(values) < 2 or not pc.any(pc.less(values.slice(1), values.slice(0, len(values) - 1))).as_py())
-
-
-def _global_batches(files: Files, config: DataConfig, batch_size: int, max_rows: int | None) -> Iterator[pa.Table]:
-    """Tables of batch_size rows, the last one shorter."""
+def _slices(files: Files, config: DataConfig, share: _Share) -> Iterator[tuple[pa.Table, int]]:
+    """A worker's share of each global batch, and where in it that begins."""
     columns = config.columns
-    pending: list[pa.Table] = []
-    held, left, last_time = 0, max_rows, None
-    for path in files.paths:
+    pieces = _pieces(files, config, columns, share)
+    at, piece = 0, _empty(files, columns)
+    for step in range(share.steps):
+        begin, end = share.of(step)
+        position, parts = begin, []
+        while position < end:
+            while at + piece.num_rows <= position:
+                at, piece = next(pieces)
+            parts.append(piece.slice(position - at, end - position))
+            position += parts[-1].num_rows
+        yield pa.concat_tables(parts) if parts else piece.slice(0, 0), begin - step * share.batch_size
+
+
+def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share) -> Iterator[tuple[int, pa.Table]]:
+    """Consecutive rows, and the number of the first: all that the share needs, in order, and what shares a row group with them."""
+    file_begin, last_time = 0, None
+    for path, file_rows in zip(files.paths, files.rows, strict=True):
         try:
             with pq.ParquetFile(path) as file:
-                read = 0
-                for piece in file.iter_batches(min(_READ_ROWS, max(batch_size, 1024)), columns=columns):
-                    table = pa.Table.from_batches([piece])
-                    if left is not None:
-                        table = table.slice(0, left)
-                        left -= table.num_rows
-                    last_time = _check_order(table, config.time, last_time, path, read)
-                    read += piece.num_rows
-                    pending.append(table)
-                    held += table.num_rows
-                    while held >= batch_size:
-                        joined = pa.concat_tables(pending)
-                        yield joined.slice(0, batch_size)
-                        held -= batch_size
-                        pending = [joined.slice(batch_size)]
-                    if left == 0:
-                        break
+                for groups, begin in _runs(file.metadata, file_begin, share):
+                    at = begin
+                    size = min(_READ_ROWS, max(share.batch_size, 1024))
+                    for piece in file.iter_batches(size, row_groups=groups, columns=columns):
+                        table = pa.Table.from_batches([piece]).slice(0, share.total - at)
+                        last_time = _check_order(table, config.time, last_time, path, at - file_begin)
+                        yield at, table
+                        at += table.num_rows
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{path}: reading it failed: {_one_line(error)}") from error
-        if left == 0:
-            break
-    if held:
-        yield pa.concat_tables(pending)
+        file_begin += file_rows
+
+
+def _runs(metadata: pq.FileMetaData, file_begin: int, share: _Share) -> list[tuple[list[int], int]]:
+    """Row groups that a share needs, those behind one another together, and the first row of each such run."""
+    runs: list[tuple[list[int], int]] = []
+    begin = file_begin
+    for group in range(metadata.num_row_groups):
+        end = begin + metadata.row_group(group).num_rows
+        if share.touches(begin, end):
+            if runs and runs[-1][0][-1] == group - 1:
+                runs[-1][0].append(group)
+            else:
+                runs.append(([group], begin))
+        begin = end
+    return runs
+
+
+def _empty(files: Files, columns: list[str]) -> pa.Table:
+    try:
+        return pq.read_schema(files.paths[0]).empty_table().select(columns)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{files.paths[0]}: reading it failed: {_one_line(error)}") from error
 
 
 def _check_order(table: pa.Table, column: str | None, last: Any, path: str, first_row: int) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
+from fiited_ray.models.interaction import interact, padded
 from fiited_ray.models.towers import tower
 
 
@@ -21,17 +22,16 @@ class DLRM(nn.Module):
         super().__init__()
         self.bottom = tower((dense_columns, *bottom, dim), last_relu=True) if dense_columns else None
         vectors = features + (1 if dense_columns else 0)
-        rows, columns = torch.tril_indices(vectors, vectors, -1)
-        self.register_buffer("pairs", rows * vectors + columns, persistent=False)
-        self.top = tower((len(rows) + (dim if dense_columns else 0), *top, 1), last_relu=False)
+        width = vectors * (vectors - 1) // 2 + (dim if dense_columns else 0)
+        self.columns = padded(width)
+        self.top = tower((width, *top, 1), last_relu=False)
 
     def forward(self, dense_BC: Tensor, vectors_BFD: Tensor) -> Tensor:
         """Logits [B]."""
-        parts = []
-        if self.bottom is not None:
-            below_BD = self.bottom(dense_BC)
-            vectors_BFD = torch.cat([below_BD[:, None], vectors_BFD], 1)
-            parts.append(below_BD)
-        products = torch.bmm(vectors_BFD, vectors_BFD.transpose(1, 2))
-        parts.append(products.flatten(1).index_select(1, cast(Tensor, self.pairs)))
-        return cast(Tensor, self.top(torch.cat(parts, 1))[:, 0])
+        below_BD = None if self.bottom is None else self.bottom(dense_BC)
+        x = interact(below_BD, vectors_BFD, self.columns)
+        first = cast(nn.Linear, self.top[0])
+        x = nn.functional.linear(x, nn.functional.pad(first.weight, (0, self.columns - first.in_features)), first.bias)
+        for layer in itertools.islice(self.top, 1, None):
+            x = layer(x)
+        return x[:, 0]

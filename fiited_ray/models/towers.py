@@ -16,5 +16,5 @@ def tower(widths: Sequence[int], *, last_relu: bool) -> nn.Sequential:
         linear = nn.Linear(wide, next_wide)
         nn.init.normal_(linear.weight, std=math.sqrt(2 / (wide + next_wide)))
         nn.init.normal_(linear.bias, std=math.sqrt(1 / next_wide))
-        layers += [linear, nn.ReLU()]
+        layers += [linear, nn.ReLU(inplace=True)]
     return nn.Sequential(*(layers if last_relu else layers[:-1]))

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from fiited_ray.ahead import ahead
 from fiited_ray.config import Config
@@ -72,7 +73,7 @@ class Worker:
         )
         self.dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
         self.model: nn.Module = DistributedDataParallel(self.dense) if self.exchange.workers > 1 else self.dense
-        self.optimizer = _optimizer(config, self.model)
+        self.optimizer = dense_optimizer(config, self.model)
         self.schedule = RoundSchedule(config.policy)
         self.threshold = 0.0  # the global one, in force since the last round
         self.losses: list[float] = []  # of the global batches
@@ -142,7 +143,8 @@ def train_step(worker: Worker, batch: Batch, route: Route) -> None:
         worker.optimizer.zero_grad(set_to_none=True)
     inner = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update"))
     start = time.perf_counter()
-    loss.backward()
+    with record_function("backward"):
+        loss.backward()
     with worker.times.phase("model"):
         worker.optimizer.step()
     spent_inside = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update")) - inner
@@ -278,9 +280,10 @@ def _timed(items: Iterable[Item], times: PhaseTimes, phase: str) -> Iterator[Ite
         yield item
 
 
-def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def dense_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the dense parameters that a configuration names."""
     kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
-    return cast(torch.optim.Optimizer, kinds[config.train.optimizer](model.parameters(), lr=config.train.lr))
+    return cast(torch.optim.Optimizer, kinds[config.train.optimizer](model.parameters(), lr=config.train.lr, fused=True))
 
 
 def _shared(worker: Worker, metrics: BinaryMetrics) -> dict[str, float]:

@@ -48,7 +48,7 @@ class BinaryMetrics:
             [torch.tensor(float(len(labels))), labels.sum(), losses.double().sum(), predictions.double().sum()]
         ).double()
         bins = ((logits.clamp(-_RANGE, _RANGE) + _RANGE) * ((_BINS - 1) / (2 * _RANGE))).long() + labels.long() * _BINS
-        self._histogram += torch.bincount(bins, minlength=2 * _BINS)
+        self._histogram.index_add_(0, bins, torch.ones(len(bins), dtype=torch.float64))
 
     def state(self) -> Tensor:
         """float64 [65540]: add the states of all workers and give the sum to `from_state`."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fiited_ray.config import Config, ConfigError
-from fiited_ray.data.files import Files, check_files
+from fiited_ray.data.errors import DataError
+from fiited_ray.data.files import Files, check_files, is_sorted
 from fiited_ray.tracking_address import absolute_uri, check_address
 
 
@@ -46,6 +47,9 @@ def make_plan(config: Config) -> Plan:
     test_files = check_files(config.data.test, config.data, "data.test") if config.data.test else None
     if test_files is None and not config.train.progressive:
         raise ConfigError("data.test is empty and train.progressive is false: nothing would be scored; set one of them")
+    for role, each in (("data.train", files), ("data.test", test_files)):
+        if each and config.data.time and config.data.reader == "arrow" and not is_sorted(each, config.data.time):
+            raise DataError(f"{role} is not in the order of {config.data.time!r} (data.time); sort the files, or let data.reader=ray sort")
     # from here on torch is needed, which takes seconds to import: a misspelt column should not wait for it
     from fiited_ray.store.layout import ShardSpec, check_budget
 

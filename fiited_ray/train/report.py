@@ -80,6 +80,9 @@ class History:
         return {name: series[-1] for name, series in self.values.items()}
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        self.steps.append(step)
+        """Add a report; a name that reports before this one lacked, at first or in between, is NaN there."""
         for name, value in values.items():
-            self.values.setdefault(name, [float("nan")] * (len(self.steps) - 1)).append(value)
+            series = self.values.setdefault(name, [])
+            series += [float("nan")] * (len(self.steps) - len(series))
+            series.append(value)
+        self.steps.append(step)

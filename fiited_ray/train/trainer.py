@@ -20,7 +20,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from fiited_ray import tracking
 from fiited_ray.coordinator import RemoteDecider, start_coordinator
-from fiited_ray.data import Batch, ray_batches, ray_dataset
+from fiited_ray.data import Batch, parquet_batches, ray_batches, ray_dataset
+from fiited_ray.data.files import Files
 from fiited_ray.data.reader import data_config
 from fiited_ray.exchange import make_exchange
 from fiited_ray.summary import summary
@@ -59,9 +60,11 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         config, {"synthetic_data": str(plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic))}
     )
     coordinator = start_coordinator(config.policy, workers)
-    datasets: dict[str, Any] = {"train": ray_dataset(plan.files, config.data, config.data.max_rows)}
-    if plan.test_files:
-        datasets["test"] = ray_dataset(plan.test_files, config.data)
+    datasets: dict[str, Any] = {}
+    if config.data.reader == "ray":
+        datasets["train"] = ray_dataset(plan.files, config.data, config.data.max_rows)
+        if plan.test_files:
+            datasets["test"] = ray_dataset(plan.test_files, config.data)
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={"plan": plan, "run": run_ref, "coordinator": coordinator},
@@ -117,11 +120,14 @@ def _work(setup: dict[str, Any]) -> None:
     tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
     worker = Worker(config, plan.budget_bytes, make_exchange(), RemoteDecider(setup["coordinator"], rank), writer, tell)
 
-    def open_shard(name: str, batch_size: int) -> Callable[[], Iterable[Batch]]:
-        return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers)
+    def open_files(name: str, files: Files, batch_size: int, max_rows: int | None = None) -> Callable[[], Iterable[Batch]]:
+        if config.data.reader == "ray":
+            return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers)
+        return lambda: parquet_batches(files, config.data, batch_size, rank=rank, workers=workers, max_rows=max_rows)
 
     batch_size = config.train.batch_size
-    metrics = train(worker, open_shard("train", batch_size), open_shard("test", batch_size * 4) if plan.test_files else None)
+    test = open_files("test", plan.test_files, batch_size * 4) if plan.test_files else None
+    metrics = train(worker, open_files("train", plan.files, batch_size, config.data.max_rows), test)
     if writer is not None:
         log_plots(writer, worker, metrics, plan.files.synthetic)
     with tempfile.TemporaryDirectory() as folder:

@@ -15,8 +15,7 @@ import torch
 
 from fiited_ray.config import DataConfig
 from fiited_ray.data import Batch, DataError, check_files, parquet_batches, ray_batches, ray_dataset
-from fiited_ray.data.files import Files
-from fiited_ray.data.reader import is_sorted
+from fiited_ray.data.files import Files, is_sorted
 
 CONFIG = DataConfig(dense=("d",), categorical=("row",), multi_hot=("tags",), cross=(("row", "word"),))
 TIMED = DataConfig(categorical=("row",), time="t")
@@ -237,6 +236,18 @@ def test_a_damaged_file_met_by_ray_is_refused_by_name_in_one_line(ray_local: Non
     shard = ray_dataset(damaged(tmp_path), CONFIG).iterator()
     with pytest.raises(DataError, match=r"^/.*part-00\.parquet: reading it failed: [^\n]+$"):
         list(ray_batches(shard, CONFIG, 16, 0, 1))
+
+
+def test_row_groups_that_hold_no_row_of_a_worker_are_not_read(tmp_path: Path) -> None:
+    files = write(tmp_path, 0, 64, group=8)
+    path = Path(files.paths[0])
+    content = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(2).column(0)  # rows 16 to 24: the second worker's, of batches of 32
+    content[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(content)
+    assert all_rows(parquet_batches(files, CONFIG, 32, rank=0, workers=2)) == [*range(16), *range(32, 48)]
+    with pytest.raises(DataError, match=r"part-00\.parquet: reading it failed"):
+        list(parquet_batches(files, CONFIG, 32, rank=1, workers=2))
 
 
 def test_a_file_gone_after_the_check_is_refused_by_name(files: Files) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from fiited_ray.config import ModelConfig
 from fiited_ray.models import DLRM, DCNv2, build_model
+from fiited_ray.models.interaction import interact, interact_plain, padded
 
 KINDS = [ModelConfig(kind="dlrm", bottom=(5,), top=(6,)), ModelConfig(kind="dcnv2", cross_layers=2, cross_rank=3, top=(6,))]
 
@@ -21,6 +22,25 @@ def test_dlrm_multiplies_all_pairs() -> None:
         products = [all_vectors[i] @ all_vectors[j] for i in range(3) for j in range(i)]
         expected = model.top(torch.cat([below, torch.stack(products)]))[0]
         torch.testing.assert_close(model(dense, vectors)[row], expected)
+
+
+@pytest.mark.parametrize("with_below", [True, False])
+@pytest.mark.parametrize(("rows", "features", "dim"), [(130, 26, 32), (5, 3, 8), (7, 17, 20), (3, 33, 64), (2, 2, 4), (0, 3, 8)])
+def test_the_interaction_operator_is_the_plain_one_with_its_gradients(with_below: bool, rows: int, features: int, dim: int) -> None:
+    torch.manual_seed(0)
+    vectors_in = features + with_below
+    columns = padded(vectors_in * (vectors_in - 1) // 2 + dim * with_below)
+    grad = torch.randn(rows, columns)
+    found = []
+    for form in (interact, interact_plain):
+        torch.manual_seed(1)
+        vectors = torch.randn(rows, features, dim, requires_grad=True)
+        below = torch.randn(rows, dim, requires_grad=True) if with_below else None
+        out = form(below, vectors, columns)
+        out.backward(grad)
+        found.append([out, vectors.grad, *([below.grad] if below is not None else [])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_dcn_crosses_as_the_paper_writes() -> None:
