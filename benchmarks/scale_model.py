@@ -14,6 +14,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def dense_shape(work: Workload) -> tuple[int, int]:
     vectors = len(CARDINALITIES) + 1
     bottom = (DENSE, *work.bottom, work.dim)
     top = (vectors * (vectors - 1) // 2 + work.dim, *work.top, 1)
-    weights = sum(a * b for tower in (bottom, top) for a, b in zip(tower, tower[1:], strict=False))
+    weights = sum(a * b for tower in (bottom, top) for a, b in pairwise(tower))
     return weights + sum(bottom[1:]) + sum(top[1:]), 2 * weights + 2 * vectors * vectors * work.dim
 
 
@@ -198,42 +199,48 @@ def all_reduce_seconds(cluster: Cluster, workers: int, size: float) -> float:
     return sent / slowest + sent * cluster.costs.wire_byte + 2 * (workers - 1) * cluster.costs.message
 
 
+def _taking_turns(cluster: Cluster, workers: int) -> Cluster:
+    """The same cluster, its workers' work lasting longer where they are more than their machine's cores. The coordinator's does not."""
+    wait = max(1.0, min(workers, cluster.near) / cluster.cores)
+    work = {name: seconds * wait for name, seconds in asdict(cluster.costs).items() if name not in ("report", "decide")}
+    return replace(cluster, costs=replace(cluster.costs, **work))
+
+
 def predict(cluster: Cluster, work: Workload, workers: int) -> dict[str, Any]:
     """All about one size: `terms` in seconds a step, which sum to `step`; `round`, `coordinator` in seconds a round; memory."""
-    ids, cost = popularity(work), cluster.costs
+    ids, cluster = popularity(work), _taking_turns(cluster, workers)
+    cost = cluster.costs
     wide = widths(work, ids)
     q = asked(ids, work.batch)
     unique = float((ids.ids * q).sum())  # keys a worker asks for, and is asked for
     owned = float((ids.ids * asked(ids, work.batch * workers)).sum()) / workers  # distinct ones among those it is asked for
     lookups = work.batch * float(work.bags.sum())
+    gradient_width = np.minimum(work.chunks, wide.of_group + 1)  # live, and one folded chunk where dimensions are missing
     width = float((ids.ids * q * wide.of_group).sum()) / unique
-    width_owned = float((ids.ids * asked(ids, work.batch * workers) * wide.of_group).sum()) / workers / owned
-    gradient = min(work.chunks, width + 1) * work.chunk
-    gradient_owned = min(work.chunks, width_owned + 1) * work.chunk
+    gradient = work.chunk * float((ids.ids * q * gradient_width).sum()) / unique
     parameters, flops = dense_shape(work)
     alone = workers == 1
     hot = 1.0 if alone else busiest(ids, work.batch, workers)
     owner = (0 if alone else unique * (cost.merge + cost.read + cost.read_value * width * work.chunk)) + owned * cost.lookup
-    update = owned * cost.update + (owned * gradient_owned if alone else unique * gradient) * cost.update_value
+    update = owned * cost.update + unique * gradient * cost.update_value
     # report -> decision -> all -> 3 small all_reduces: agreed, limits, counters
     coordinator = cost.decide + workers * (cost.report + REPORT_BYTES / cluster.coordinator_bytes_per_s)
     rows = sum(wide.rows) / workers
     resize = rows * cost.round_row + (0 if alone else 3 * all_reduce_seconds(cluster, workers, 64))
-    wait = max(1.0, min(workers, cluster.near) / cluster.cores)  # workers that take turns on too few cores
     terms = {
-        "overhead": cost.step * wait,
-        "read": ((1 if work.split_read else workers) * cost.decode + cost.collate) * work.batch * wait,
-        "dedup": lookups * cost.dedup * wait,
+        "overhead": cost.step,
+        "read": ((1 if work.split_read else workers) * cost.decode + cost.collate) * work.batch,
+        "dedup": lookups * cost.dedup,
         "keys": 0.0 if alone else all_to_all_seconds(cluster, workers, unique * KEY_BYTES),
-        "owner": owner * wait,
+        "owner": owner,
         "vectors": 0.0 if alone else all_to_all_seconds(cluster, workers, unique * (WIDTH_BYTES + 4 * work.chunk * width)),
-        "pool": lookups * work.dim * (cost.pool_value + cost.fold_value) * wait,
-        "dense": 3 * flops * work.batch * cost.flop * wait,
+        "pool": lookups * work.dim * (cost.pool_value + cost.fold_value),
+        "dense": 3 * flops * work.batch * cost.flop,
         "allreduce": 0.0 if alone else all_reduce_seconds(cluster, workers, 4 * parameters),
         "gradients": 0.0 if alone else all_to_all_seconds(cluster, workers, unique * 4 * gradient),
-        "update": update * wait,
-        "latency": 0.0 if alone else EXCHANGES * (cost.collective + (workers - 1) * cost.message) * wait,
-        "round": (resize * wait + coordinator) / work.interval,
+        "update": update,
+        "latency": 0.0 if alone else EXCHANGES * (cost.collective + (workers - 1) * cost.message),
+        "round": (resize + coordinator) / work.interval,
     }
     terms["busiest"] = (hot - 1) * sum(terms[name] for name in ("keys", "owner", "vectors", "gradients", "update"))
     step = sum(terms.values())
@@ -248,7 +255,7 @@ def predict(cluster: Cluster, work: Workload, workers: int) -> dict[str, Any]:
         "step": step,
         "dominant": max(terms, key=lambda name: terms[name]),
         "samples_per_s": work.batch * workers / step,
-        "round": resize * wait + coordinator,
+        "round": resize + coordinator,
         "coordinator": coordinator,
         "lookups": lookups,
         "unique": unique,
@@ -311,6 +318,37 @@ def measured_costs(measured: dict[str, Any]) -> Costs:
     return replace(Costs(), **measured["constants"])
 
 
+def check(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of 1 to 8 workers on one machine beside what the model says of them.
+
+    Batches were collated beforehand, so reading costs nothing here; processors' work is that of all workers, the coordinator's apart.
+    """
+    train, silent = measured["train"], {"decode": 0.0, "collate": 0.0}
+    costs = replace(measured_costs(measured), **silent)
+    machine = Cluster("this machine", costs, 64, math.inf, math.inf, math.inf, math.inf, cores=train["cores"])
+    rows = []
+    for run in train["runs"]:
+        workers, batch = run["workers"], run["batch"] // run["workers"]
+        work = Workload(train["vocabulary"], batch, run["share"], interval=train["interval"])
+        wall = predict(machine, work, workers)
+        alone = predict(replace(machine, cores=math.inf, costs=replace(costs, report=0.0, decide=0.0)), work, workers)
+        rows.append({
+            "kind": run["kind"],
+            "workers": workers,
+            "step_ms": (run["step_ms"], 1e3 * wall["step"]),
+            "cpu_us_per_sample": (run["cpu_us_per_sample"], 1e6 * alone["step"] / batch),
+            "keys_per_sample": (run.get("keys_per_sample", math.nan), alone["unique"] / batch),
+        })  # fmt: skip
+    return rows
+
+
+def print_check(rows: list[dict[str, Any]]) -> None:
+    names = ("step_ms", "cpu_us_per_sample", "keys_per_sample")
+    print(f"\nThis machine, measured and predicted\n\n{'':<7}{'workers':>8} " + " ".join(f"{name:>20}" for name in names))
+    for row in rows:
+        print(f"{row['kind']:<7}{row['workers']:>8} " + " ".join(f"{row[name][0]:>9.2f} {row[name][1]:>10.2f}" for name in names))
+
+
 def table(cluster: Cluster, base: Workload, global_batch: int | None = None) -> list[dict[str, Any]]:
     """Predictions for all sizes; with `global_batch`, its rows are dealt to the workers, else each has `base.batch`."""
     batches = {workers: base.batch if global_batch is None else max(1, global_batch // workers) for workers in WORKERS}
@@ -339,7 +377,10 @@ def main() -> int:
     parser.add_argument("--split-read", action="store_true", help="as if each worker decoded its own rows only")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    costs = measured_costs(json.loads(arguments.measured.read_text())) if arguments.measured else Costs()
+    measured = json.loads(arguments.measured.read_text()) if arguments.measured else None
+    costs = measured_costs(measured) if measured else Costs()
+    if measured:
+        print_check(check(measured))
     base = Workload(1e6, arguments.batch, float(arguments.budget), split_read=arguments.split_read)
     results = {each.name: table(each, base, arguments.global_batch) for each in (cpu_cluster(costs), gpu_cluster(costs))}
     for name, rows in results.items():

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --json docs/scaling.json [--parts train wire coordinator constants] [--plots docs/plots]
 
-Synthetic data. Real Ray on one machine: a raylet ("node") for each worker (Ray's cluster utilities), Ray Train's TorchTrainer with one
-worker on each, gloo, the real coordinator actor. More workers than cores take turns, so the wall time of a step cannot fall here:
+Synthetic data. Real Ray on one machine: a raylet ("node") of one CPU for each worker (Ray's cluster utilities), gloo between the workers,
+the real coordinator actor. More workers than cores take turns, so the wall time of a step cannot fall here:
 CPU seconds a sample, of all workers together, say what distribution costs. Batches are collated beforehand; reading is measured by
 itself. Parts write their key of the JSON and leave the others as they are.
 """
@@ -26,8 +26,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.train
-import ray.train.torch
 import scaling_constants
 import torch
 import torch.distributed as dist
@@ -35,7 +33,7 @@ from ray.cluster_utils import Cluster
 from torch import Tensor
 
 from fiited_ray.config import Config, DataConfig, EmbeddingConfig, PolicyConfig, TrainConfig
-from fiited_ray.coordinator import RemoteDecider, start_coordinator
+from fiited_ray.coordinator import Decider, RemoteDecider, start_coordinator
 from fiited_ray.data import Batch, check_files, count_distinct, parquet_batches
 from fiited_ray.data.synthetic import CATEGORICAL, DENSE, SyntheticSpec, write_synthetic
 from fiited_ray.exchange import Group, Solo, make_exchange
@@ -45,6 +43,8 @@ from fiited_ray.train.loop import Worker, hold_round, train_step
 
 GLOBAL, PER_WORKER = 4096, 512  # rows of a step: strong and weak scaling
 WARM, STEPS = 40, 40
+INTERVAL = 20  # steps between rounds
+SPEC = SyntheticSpec(rows=(WARM + STEPS) * GLOBAL, test_share=0.0)
 WORKERS = (1, 2, 4, 8)
 BUDGETS = (None, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)
 SHARDS = (1, 10, 100, 1000)
@@ -71,7 +71,7 @@ def configuration(path: str, case: Case) -> Config:
         multi_hot=(f"c{CATEGORICAL - 1}",),
     )
     train = TrainConfig(workers=case.workers, batch_size=case.batch)
-    return Config(data, policy=PolicyConfig(first_round=5, interval=20), embedding=EmbeddingConfig(init_scale=0.001), train=train)
+    return Config(data, policy=PolicyConfig(first_round=5, interval=INTERVAL), embedding=EmbeddingConfig(init_scale=0.001), train=train)
 
 
 class Watched(Group):
@@ -87,12 +87,12 @@ class Watched(Group):
         return super().all_to_all(rows, send, receive)
 
 
-def measure(case: Case, path: str, ids: int, rank: int, coordinator: Any) -> dict[str, Any]:
+def measure(case: Case, path: str, ids: int, rank: int, decider: Decider) -> dict[str, Any]:
     """Train, and measure the steps after the warm-up; the same on every worker."""
     config = configuration(path, case)
     budget = None if case.share is None else int(case.share * ids * ShardSpec.of(config, None).dense_row_bytes)
     exchange = Watched(dist.new_group()) if case.workers > 1 else Solo()
-    worker = Worker(config, budget, exchange, RemoteDecider(coordinator, rank))
+    worker = Worker(config, budget, exchange, decider)
     files = check_files(config.data.train, config.data)
     rows = (WARM + STEPS) * case.batch
     batches = list(parquet_batches(files, config.data, case.batch, rank=rank, workers=case.workers, max_rows=rows, prefetch=False))
@@ -149,14 +149,15 @@ def measure_exchange() -> dict[str, float]:
     return {"workers": exchange.workers, "small_s": small, "byte_s": (large - small) / (peers * (LARGE - SMALL))}
 
 
-def _work(setup: dict[str, Any]) -> None:
-    """One Ray Train worker: its part of every case."""
+@ray.remote(num_cpus=1)
+def _work(rank: int, workers: int, cases: list[tuple[Case, Any]], path: str, ids: int, meeting: str) -> dict[str, Any]:
+    """One worker: its part of every case. A node has one CPU, so each worker gets a node of its own."""
     torch.set_num_threads(1)
-    rank = ray.train.get_context().get_world_rank()
-    runs = [measure(case, setup["path"], setup["ids"], rank, actor) for case, actor in setup["cases"]]
-    exchange = measure_exchange() if dist.get_world_size() > 1 else None
-    if rank == 0:
-        Path(setup["output"]).write_text(json.dumps({"runs": runs, "exchange": exchange}))
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
+    runs = [measure(case, path, ids, rank, RemoteDecider(actor, rank)) for case, actor in cases]
+    exchange = measure_exchange() if workers > 1 else None
+    dist.destroy_process_group()
+    return {"runs": runs, "exchange": exchange, "node": ray.get_runtime_context().get_node_id()}
 
 
 @contextmanager
@@ -173,37 +174,34 @@ def nodes(count: int) -> Iterator[None]:
         cluster.shutdown()
 
 
-def train_on_nodes(cases: list[Case], path: str, ids: int, folder: str) -> dict[str, Any]:
-    """Measure cases of equally many workers, one worker on each node."""
-    workers, output = cases[0].workers, Path(folder) / f"{cases[0].kind}-{cases[0].workers}.json"
+def run_on_nodes(cases: list[Case], path: str, ids: int, folder: str) -> dict[str, Any]:
+    """Measure cases of equally many workers, one worker on each node; what the first one says."""
+    workers, meeting = cases[0].workers, f"{folder}/{cases[0].kind}-{cases[0].workers}"
     with nodes(workers):
-        actors = [start_coordinator(PolicyConfig(), workers) for _ in cases]
-        trainer = ray.train.torch.TorchTrainer(
-            _work,
-            train_loop_config={"path": path, "ids": ids, "cases": list(zip(cases, actors, strict=True)), "output": str(output)},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, resources_per_worker={"CPU": 1}, placement_strategy="STRICT_SPREAD" if workers > 1 else "PACK"
-            ),
-            run_config=ray.train.RunConfig(name=f"scaling-{cases[0].kind}-{workers}", storage_path=folder),
-        )
-        trainer.fit()
-    results: dict[str, Any] = json.loads(output.read_text())
-    return results
+        given = [(case, start_coordinator(PolicyConfig(), workers)) for case in cases]
+        results = ray.get([_work.remote(rank, workers, given, path, ids, meeting) for rank in range(workers)])
+    assert len({each["node"] for each in results}) == workers
+    return results[0]
 
 
-def part_train(path: str, ids: int, folder: str) -> dict[str, Any]:
-    runs, exchanges = [], []
-    for workers in WORKERS:
+def part_train(path: str, ids: int, folder: str, counts: list[int], before: dict[str, Any]) -> dict[str, Any]:
+    """Weak and strong scaling for these numbers of workers; what was measured before for others stays."""
+    runs = [run for run in before.get("runs", []) if run["workers"] not in counts]
+    exchanges = [each for each in before.get("exchange", []) if each["workers"] not in counts]
+    for workers in counts:
         cases = [Case("weak", workers, PER_WORKER * workers, 1 / 16), Case("strong", workers, GLOBAL, 1 / 16)]
-        result = train_on_nodes(cases, path, ids, folder)
+        result = run_on_nodes(cases, path, ids, folder)
         runs += result["runs"]
         exchanges += [result["exchange"]] if result["exchange"] else []
         print_runs(result["runs"])
-    return {"nodes": "one raylet for each worker", "cores": os.cpu_count(), "ids": ids, "runs": runs, "exchange": exchanges}
+    runs.sort(key=lambda run: (run["kind"], run["workers"]))
+    vocabulary = sum(map(SPEC.cardinality, range(CATEGORICAL)))  # that ids are drawn from; `ids` were drawn
+    about = {"nodes": "one raylet for each worker", "cores": os.cpu_count(), "ids": ids, "vocabulary": vocabulary, "interval": INTERVAL}
+    return about | {"runs": runs, "exchange": exchanges}
 
 
 def part_wire(path: str, ids: int, folder: str) -> dict[str, Any]:
-    result = train_on_nodes([Case("wire", 2, GLOBAL, share) for share in BUDGETS], path, ids, folder)
+    result = run_on_nodes([Case("wire", 2, GLOBAL, share) for share in BUDGETS], path, ids, folder)
     print_runs(result["runs"])
     return {"ids": ids, "runs": result["runs"]}
 
@@ -275,17 +273,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--workers", nargs="+", type=int, default=list(WORKERS), help="of the part train")
     parser.add_argument("--plots", type=Path, help="folder for the curve of wire bytes over live width")
     arguments = parser.parse_args()
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         if {"train", "wire", "constants"} & set(arguments.parts):
-            path, _ = write_synthetic(Path(folder), SyntheticSpec(rows=(WARM + STEPS) * GLOBAL, test_share=0.0))
+            path, _ = write_synthetic(Path(folder), SPEC)
             config = configuration(str(path), Case("strong", 1, GLOBAL, None))
             ids = count_distinct(check_files(config.data.train, config.data), config.data)
         for part in arguments.parts:
             if part == "train":
-                results["train"] = part_train(str(path), ids, folder)
+                results["train"] = part_train(str(path), ids, folder, arguments.workers, results.get("train", {}))
             elif part == "wire":
                 results["wire"] = part_wire(str(path), ids, folder)
             elif part == "coordinator":

@@ -56,8 +56,8 @@ def measure(config: Config) -> dict[str, float]:
 def with_constants(results: dict[str, Any]) -> dict[str, Any]:
     """The results, with the costs that the model takes from all parts measured so far."""
     constants: dict[str, float] = dict(results.get("costs", {}))
-    if "train" in results:
-        exchanges = results["train"]["exchange"]
+    exchanges = results.get("train", {}).get("exchange", [])
+    if len(exchanges) > 1:
         peers = [each["workers"] - 1 for each in exchanges]
         message, collective = np.polyfit(peers, [each["small_s"] for each in exchanges], 1)
         constants |= {"collective": max(0.0, float(collective)), "message": float(message)}

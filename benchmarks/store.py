@@ -127,7 +127,9 @@ class Fbgemm:
         from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
         place = (work.rows, work.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)
-        self.module = SplitTableBatchedEmbeddingBagsCodegen([place] * TABLES, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=LR)
+        self.module = SplitTableBatchedEmbeddingBagsCodegen(
+            [place] * TABLES, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=LR
+        )
         self.offsets, self.grad = work.offsets, work.grad_BFD.reshape(BATCH, -1)
 
     def lookup(self, ids: Tensor) -> None:
@@ -303,7 +305,7 @@ def _spec(dim: int, budget: int | None) -> ShardSpec:
         decay=PolicyConfig().decay,
         narrow_lr_power=0.5,
         admission=PolicyConfig().admission,
-        levels=tuple(PolicyConfig().alpha**chunk for chunk in range(chunks)),
+        levels=tuple(PolicyConfig().alpha ** chunk for chunk in range(chunks)),
     )
 
 
