@@ -42,7 +42,7 @@ from fiited_ray.store import ShardSpec
 from fiited_ray.train.loop import Worker, hold_round, train_step
 
 GLOBAL, PER_WORKER = 4096, 512  # rows of a step: strong and weak scaling
-WARM, STEPS = 40, 40
+WARM, STEPS = 30, 20
 INTERVAL = 20  # steps between rounds
 SPEC = SyntheticSpec(rows=(WARM + STEPS) * GLOBAL, test_share=0.0)
 WORKERS = (1, 2, 4, 8)
@@ -231,6 +231,13 @@ class Reporter:
         return sum(decision is not None for decision in ray.get(calls))
 
 
+class Silent:
+    """An actor that hears as much and does nothing: what Ray takes by itself."""
+
+    async def decide(self, number: int, rank: int, report: ShardReport, state: RoundState) -> bool:
+        return True
+
+
 def simulated_report(rank: int) -> ShardReport:
     """A shard with 100,000 rows, importance spread over many octaves."""
     importance = np.random.default_rng(rank).normal(1000, 150, 100_000).astype(int).clip(0, BINS - 1)
@@ -243,25 +250,39 @@ def part_coordinator() -> dict[str, Any]:
     results = []
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     for shards in SHARDS:
-        state = RoundState(shards * 10_000_000, 1e-3, levels_of(2.0, 4), (0, 58, 90, 122, 154))
         actor = start_coordinator(PolicyConfig(), shards)
-        count = min(REPORTERS, shards)
-        reporters = [Reporter.remote(actor, range(at * shards // count, (at + 1) * shards // count), state) for at in range(count)]
-        walls, cpus = [], []
-        for number in range(ROUNDS + 1):  # the first one connects
-            cpu, start = ray.get(actor.__ray_call__.remote(_process_time)), time.perf_counter()
-            answered = sum(ray.get([reporter.report.remote(number) for reporter in reporters]))
-            walls.append(time.perf_counter() - start)
-            cpus.append(ray.get(actor.__ray_call__.remote(_process_time)) - cpu)
-            assert answered == shards
-        decisions = [each["seconds"] for each in ray.get(actor.telemetry.remote())]
-        for each in (*reporters, actor):
-            ray.kill(each)
-        wall, cpu, decision = (statistics.median(each[1:]) for each in (walls, cpus, decisions))
+        wall, cpu = _rounds(actor, shards)
+        decision = statistics.median(each["seconds"] for each in ray.get(actor.telemetry.remote())[1:])
+        ray.kill(actor)
+        silent: Any = ray.remote(Silent).options(num_cpus=0, max_concurrency=max(1000, 2 * shards)).remote()
+        silent_wall, silent_cpu = _rounds(silent, shards)
+        ray.kill(silent)
         results.append({"shards": shards, "round_s": wall, "decision_s": decision, "actor_cpu_s": cpu})
-        print(f"{shards:>5} shards: round {wall:.4f} s, decision {decision:.4f} s, actor's CPU {cpu:.4f} s", flush=True)
+        results[-1] |= {"silent_round_s": silent_wall, "silent_actor_cpu_s": silent_cpu}
+        print(
+            f"{shards:>5} shards: round {wall:.4f} s, decision {decision:.4f} s, actor's CPU {cpu:.4f} s; "
+            f"an actor that does nothing: round {silent_wall:.4f} s, CPU {silent_cpu:.4f} s",
+            flush=True,
+        )
     ray.shutdown()
     return {"reporters": REPORTERS, "rounds": results}
+
+
+def _rounds(actor: Any, shards: int) -> tuple[float, float]:
+    """Median seconds of a round, and of the actor's process in it."""
+    state = RoundState(shards * 10_000_000, 1e-3, levels_of(2.0, 4), (0, 58, 90, 122, 154))
+    count = min(REPORTERS, shards)
+    reporters = [Reporter.remote(actor, range(at * shards // count, (at + 1) * shards // count), state) for at in range(count)]
+    walls, cpus = [], []
+    for number in range(ROUNDS + 1):  # the first one connects
+        cpu, start = ray.get(actor.__ray_call__.remote(_process_time)), time.perf_counter()
+        answered = sum(ray.get([reporter.report.remote(number) for reporter in reporters]))
+        walls.append(time.perf_counter() - start)
+        cpus.append(ray.get(actor.__ray_call__.remote(_process_time)) - cpu)
+        assert answered == shards
+    for reporter in reporters:
+        ray.kill(reporter)
+    return statistics.median(walls[1:]), statistics.median(cpus[1:])
 
 
 def _process_time(actor: Any) -> float:
