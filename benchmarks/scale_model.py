@@ -37,6 +37,7 @@ class Costs:
     """Seconds of work for each item, on one core (or one GPU). Defaults: a 2-core virtual machine (AMD EPYC), see docs/scaling.json."""
 
     step: float = 4e-3  # once a step: Python, autograd, metrics, dense optimizer
+    group: float = 5e-3  # once a step of several workers: DistributedDataParallel, and what Python does around exchanges
     decode: float = 2e-6  # a row of the GLOBAL batch: every worker decodes all Parquet columns
     collate: float = 3e-6  # a row of the worker's own batch
     dedup: float = 3e-8  # a lookup
@@ -228,7 +229,7 @@ def predict(cluster: Cluster, work: Workload, workers: int) -> dict[str, Any]:
     rows = sum(wide.rows) / workers
     resize = rows * cost.round_row + (0 if alone else 3 * all_reduce_seconds(cluster, workers, 64))
     terms = {
-        "overhead": cost.step,
+        "overhead": cost.step + (0.0 if alone else cost.group),
         "read": ((1 if work.split_read else workers) * cost.decode + cost.collate) * work.batch,
         "dedup": lookups * cost.dedup,
         "keys": 0.0 if alone else all_to_all_seconds(cluster, workers, unique * KEY_BYTES),
@@ -291,6 +292,7 @@ def gpu_cluster(costs: Costs = Costs()) -> Cluster:
     host = 112 / 8
     h100 = Costs(
         step=costs.step,
+        group=costs.group,
         decode=costs.decode / host,
         collate=costs.collate / host,
         dedup=hash_,

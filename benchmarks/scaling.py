@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --json docs/scaling.json [--parts train wire coordinator constants] [--plots docs/plots]
 
-Synthetic data. Real Ray on one machine: a raylet ("node") of one CPU for each worker (Ray's cluster utilities), gloo between the workers,
-the real coordinator actor. More workers than cores take turns, so the wall time of a step cannot fall here:
+Synthetic data. Real Ray on one machine: up to four raylets ("nodes", by Ray's cluster utilities), the workers spread evenly over them,
+gloo between the workers, the real coordinator actor. More workers than cores take turns, so the wall time of a step cannot fall here:
 CPU seconds a sample, of all workers together, say what distribution costs. Batches are collated beforehand; reading is measured by
 itself. Parts write their key of the JSON and leave the others as they are.
 """
@@ -41,11 +41,12 @@ from fiited_ray.policy import BINS, RoundState, ShardReport, levels_of
 from fiited_ray.store import ShardSpec
 from fiited_ray.train.loop import Worker, hold_round, train_step
 
-GLOBAL, PER_WORKER = 4096, 512  # rows of a step: strong and weak scaling
+GLOBAL, PER_WORKER, TINY = 4096, 512, 8  # rows of a step: strong scaling, weak scaling, and next to none
 WARM, STEPS = 30, 20
 INTERVAL = 20  # steps between rounds
 SPEC = SyntheticSpec(rows=(WARM + STEPS) * GLOBAL, test_share=0.0)
 WORKERS = (1, 2, 4, 8)
+MOST_NODES = 4  # raylets; eight workers share four
 BUDGETS = (None, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)
 SHARDS = (1, 10, 100, 1000)
 ROUNDS, REPORTERS = 6, 4
@@ -56,7 +57,7 @@ SMALL, LARGE = 16, 1 << 20  # bytes to each peer, to tell a message's cost from 
 class Case:
     """One run to be measured."""
 
-    kind: str  # strong, weak or wire
+    kind: str  # strong, weak, tiny, wire or network
     workers: int
     batch: int  # rows of all workers
     share: float | None  # of the dense-equivalent bytes
@@ -151,7 +152,7 @@ def measure_exchange() -> dict[str, float]:
 
 @ray.remote(num_cpus=1)
 def _work(rank: int, workers: int, cases: list[tuple[Case, Any]], path: str, ids: int, meeting: str) -> dict[str, Any]:
-    """One worker: its part of every case. A node has one CPU, so each worker gets a node of its own."""
+    """One worker: its part of every case. Nodes have no more CPUs than workers are wanted on them, so all nodes get theirs."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
     runs = [measure(case, path, ids, rank, RemoteDecider(actor, rank)) for case, actor in cases]
@@ -161,12 +162,12 @@ def _work(rank: int, workers: int, cases: list[tuple[Case, Any]], path: str, ids
 
 
 @contextmanager
-def nodes(count: int) -> Iterator[None]:
-    """A Ray of several raylets with one CPU each on this machine."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+def nodes(count: int, cpus: int) -> Iterator[None]:
+    """A Ray of several raylets on this machine."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
     try:
         for _ in range(count - 1):
-            cluster.add_node(num_cpus=1)
+            cluster.add_node(num_cpus=cpus)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield
     finally:
@@ -175,12 +176,13 @@ def nodes(count: int) -> Iterator[None]:
 
 
 def run_on_nodes(cases: list[Case], path: str, ids: int, folder: str) -> dict[str, Any]:
-    """Measure cases of equally many workers, one worker on each node; what the first one says."""
+    """Measure cases of equally many workers, a CPU for each; what the first one says."""
     workers, meeting = cases[0].workers, f"{folder}/{cases[0].kind}-{cases[0].workers}"
-    with nodes(workers):
+    count = min(workers, MOST_NODES)
+    with nodes(count, workers // count):
         given = [(case, start_coordinator(PolicyConfig(), workers)) for case in cases]
         results = ray.get([_work.remote(rank, workers, given, path, ids, meeting) for rank in range(workers)])
-    assert len({each["node"] for each in results}) == workers
+    assert len({each["node"] for each in results}) == count
     return results[0]
 
 
@@ -189,14 +191,15 @@ def part_train(path: str, ids: int, folder: str, counts: list[int], before: dict
     runs = [run for run in before.get("runs", []) if run["workers"] not in counts]
     exchanges = [each for each in before.get("exchange", []) if each["workers"] not in counts]
     for workers in counts:
-        cases = [Case("weak", workers, PER_WORKER * workers, 1 / 16), Case("strong", workers, GLOBAL, 1 / 16)]
+        cases = [Case(kind, workers, rows * workers, 1 / 16) for kind, rows in (("tiny", TINY), ("weak", PER_WORKER))]
+        cases.append(Case("strong", workers, GLOBAL, 1 / 16))
         result = run_on_nodes(cases, path, ids, folder)
         runs += result["runs"]
         exchanges += [result["exchange"]] if result["exchange"] else []
         print_runs(result["runs"])
     runs.sort(key=lambda run: (run["kind"], run["workers"]))
     vocabulary = sum(map(SPEC.cardinality, range(CATEGORICAL)))  # that ids are drawn from; `ids` were drawn
-    about = {"nodes": "one raylet for each worker", "cores": os.cpu_count(), "ids": ids, "vocabulary": vocabulary, "interval": INTERVAL}
+    about = {"most_nodes": MOST_NODES, "cores": os.cpu_count(), "ids": ids, "vocabulary": vocabulary, "interval": INTERVAL}
     return about | {"runs": runs, "exchange": exchanges}
 
 

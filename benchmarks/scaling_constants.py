@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scale_model import Costs, Workload, dense_shape, wire_bytes_of_key
+from scale_model import EXCHANGES, Costs, Workload, dense_shape, wire_bytes_of_key
 
 from fiited_ray.config import Config
 from fiited_ray.coordinator import LocalDecider
@@ -62,12 +62,20 @@ def with_constants(results: dict[str, Any]) -> dict[str, Any]:
         message, collective = np.polyfit(peers, [each["small_s"] for each in exchanges], 1)
         constants |= {"collective": max(0.0, float(collective)), "message": float(message)}
         constants["wire_byte"] = statistics.median(each["byte_s"] for each in exchanges)
+        tiny = {run["workers"]: run["cpu_us_per_sample"] * 1e-6 * run["batch"] / run["workers"] for run in _tiny_runs(results)}
+        more = [tiny[workers] - tiny[1] - EXCHANGES * (collective + (workers - 1) * message) for workers in tiny if workers > 1]
+        if more:
+            constants["group"] = max(0.0, statistics.median(more))
     if "coordinator" in results:
         rounds = results["coordinator"]["rounds"]
         constants["decide"] = rounds[0]["actor_cpu_s"]
         constants["report"] = (rounds[-1]["actor_cpu_s"] - rounds[0]["actor_cpu_s"]) / (rounds[-1]["shards"] - rounds[0]["shards"])
     assert set(constants) <= {each.name for each in dataclasses.fields(Costs)}
     return results | {"constants": constants}
+
+
+def _tiny_runs(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [run for run in results["train"]["runs"] if run["kind"] == "tiny"]
 
 
 def _store_costs(config: Config, batches: Sequence[Batch], chunks: int) -> dict[str, float]:
