@@ -36,26 +36,26 @@ NOT_ROWS = 0.02 + 1 / 40 + 0.01  # of the budget: sketch, structure, headroom
 class Costs:
     """Seconds of work for each item, on one core (or one GPU). Defaults: a 2-core virtual machine (AMD EPYC), see docs/scaling.json."""
 
-    step: float = 4e-3  # once a step: Python, autograd, metrics, dense optimizer
-    group: float = 5e-3  # once a step of several workers: DistributedDataParallel, and what Python does around exchanges
-    decode: float = 2e-6  # a row of the GLOBAL batch: every worker decodes all Parquet columns
-    collate: float = 3e-6  # a row of the worker's own batch
-    dedup: float = 3e-8  # a lookup
-    merge: float = 3e-8  # a key asked of an owner
-    lookup: float = 6e-8  # a distinct key at its owner
-    read: float = 5e-8  # a key answered
-    read_value: float = 1e-9  # a number of its vector
-    pool_value: float = 5e-10  # a number of a lookup's vector
-    fold_value: float = 5e-10  # a number of a lookup's gradient
-    update: float = 2e-7  # a distinct key updated by its owner
-    update_value: float = 2e-9  # a number of its gradient
-    flop: float = 2e-11  # of the dense part
-    round_row: float = 1e-7  # a resident row: histogram, shrink, grow
-    report: float = 5e-4  # the coordinator: a shard's report heard and answered
-    decide: float = 5e-3  # the coordinator: the decision, whatever the number of shards
-    collective: float = 2e-4  # a collective operation, whatever the number of peers
-    message: float = 5e-5  # a peer of an all-to-all
-    wire_byte: float = 1e-9  # the processor's work to send and receive a byte
+    step: float = 3.0e-03  # once a step: Python, autograd, metrics, dense optimizer
+    group: float = 6.3e-03  # once a step of several workers: DistributedDataParallel, and what Python does around exchanges
+    decode: float = 1.0e-06  # a row of the GLOBAL batch: every worker decodes all Parquet columns
+    collate: float = 1.8e-07  # a row of the worker's own batch
+    dedup: float = 1.1e-08  # a lookup
+    merge: float = 1.3e-08  # a key asked of an owner
+    lookup: float = 5.4e-08  # a distinct key at its owner
+    read: float = 6.4e-09  # a key answered
+    read_value: float = 7.0e-10  # a number of its vector
+    pool_value: float = 1.0e-09  # a number of a lookup's vector
+    fold_value: float = 1.5e-09  # a number of a lookup's gradient
+    update: float = 4.2e-08  # a distinct key updated by its owner
+    update_value: float = 1.1e-09  # a number of its gradient
+    flop: float = 2.8e-11  # of the dense part
+    round_row: float = 1.7e-08  # a resident row: histogram, shrink, grow
+    report: float = 8.9e-04  # the coordinator: a shard's report heard and answered
+    decide: float = 5.6e-03  # the coordinator: the decision, whatever the number of shards
+    collective: float = 1.5e-04  # a collective operation, whatever the number of peers
+    message: float = 8.8e-05  # a peer of an all-to-all
+    wire_byte: float = 6.3e-10  # the processor's work to send and receive a byte
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def with_constants(results: dict[str, Any]) -> dict[str, Any]:
         tiny = {run["workers"]: run["cpu_us_per_sample"] * 1e-6 * run["batch"] / run["workers"] for run in _tiny_runs(results)}
         more = [tiny[workers] - tiny[1] - EXCHANGES * (collective + (workers - 1) * message) for workers in tiny if workers > 1]
         if more:
-            constants["group"] = max(0.0, statistics.median(more))
+            constants["group"] = max(0.0, float(statistics.median(more)))
     if "coordinator" in results:
         rounds = results["coordinator"]["rounds"]
         constants["decide"] = rounds[0]["actor_cpu_s"]
@@ -187,7 +187,7 @@ def plot_wire(runs: Sequence[dict[str, Any]], path: Path) -> None:
     axes.plot(width, [run["wire_bytes_per_sample"] for run in runs], "o-", color=BLUE, label="measured")
     half_of_keys = runs[0]["keys_per_sample"] / 2  # two workers: every other key is one's own
     grid = np.linspace(0, Workload.chunks, 81)
-    axes.plot(grid, half_of_keys * wire_bytes_of_key(Workload(1e6), grid), color=ORANGE, label="model: keys, vectors, gradients", zorder=1)
+    axes.plot(grid, half_of_keys * wire_bytes_of_key(Workload(1e6), grid), color=ORANGE, label="model, if all keys had the mean width", zorder=1)
     axes.plot(grid, half_of_keys * 8 * Workload.chunk * grid, color=GREY, linestyle="--", label="in proportion to live width alone")
     for run in runs:
         share = "full" if run["share"] is None else f"1/{round(1 / run['share'])}"
