@@ -75,11 +75,14 @@ def decide(reports: Sequence[ShardReport], state: RoundState, policy: PolicyConf
     fixed = sum(report.fixed_bytes for report in reports)
     threshold = _threshold(reports, state, policy, rows, fixed)
     thresholds = tuple(_own_threshold(report, threshold, state) for report in reports)
-    planned = sum(int(_planned_bytes(report, own, state)) for report, own in zip(reports, thresholds, strict=True))
-    changed = 0
-    for own in sorted(set(thresholds)):  # one, unless a ceiling is in the way
-        alike = [report for report, each in zip(reports, thresholds, strict=True) if each == own]
-        changed += _changed_bytes(_summed(alike), own, state)
+    alike: dict[float, list[ShardReport]] = {}  # one group, unless a ceiling is in the way
+    for report, own in zip(reports, thresholds, strict=True):
+        alike.setdefault(own, []).append(report)
+    planned, changed = fixed, 0
+    for own, group in alike.items():  # summed first: a thousand shards then cost little more than one
+        together = _summed(group)
+        planned += int(planned_bytes(together[0], own, state.levels, state.row_bytes))
+        changed += _changed_bytes(together, own, state)
     scale = sum(report.ceiling_bytes or 0 for report in reports) if state.budget_bytes is None else state.budget_bytes
     settled = changed == 0 or changed < policy.min_change * scale
     # A lower threshold is always taken: it moves little, and ids without a row are measured by it. So is the first one above 0.
