@@ -8,9 +8,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "core/hash.h"
 #include "core/numeric.h"
@@ -50,7 +48,7 @@ class Sketch {
   void hand_back(uint64_t key, float importance) {
     uint16_t* set = set_of(key);
     const Found found = find(set, tag12_of(key));
-    const int at = found.own >= 0 ? found.own : found.smallest;
+    const int16_t at = found.own >= 0 ? found.own : found.smallest;
     const int level = code(importance, 1.0f);
     if (level > code_of(set[at])) put(set, at, tag12_of(key), level);
   }
@@ -74,8 +72,7 @@ class Sketch {
     const size_t entries = size_t{buckets} * sets_per_bucket_ * kEntries;
     for (size_t at = 0; at < entries; ++at) {
       const int level = code_of(cells_[at]);
-      if (level == 0) continue;
-      const int moved = std::min(level - by, kHighest);
+      const int moved = level == 0 ? 0 : std::min(level - by, kHighest);
       cells_[at] = moved > 0 ? static_cast<uint16_t>((cells_[at] & ~kHighest) | moved) : 0;
     }
   }
@@ -86,8 +83,8 @@ class Sketch {
   static constexpr float kSteps[kPerOctave] = {1.0f, 1.18920712f, 1.41421356f, 1.68179283f};  // 2^(i / 4)
 
   struct Found {
-    int own;       // the tag's entry, -1 when there is none
-    int smallest;  // the oldest of the smallest entries
+    int16_t own;       // the tag's entry, -1 when there is none
+    int16_t smallest;  // the oldest of the smallest entries
   };
 
   uint16_t* set_of(uint64_t key) const {
@@ -106,27 +103,34 @@ class Sketch {
       own = std::max<int16_t>(own, mine ? at : -1);
       smallest = std::min<int16_t>(smallest, static_cast<int16_t>(level * kEntries + at));
     }
-    return {own, smallest % kEntries};
+    return {own, static_cast<int16_t>(smallest % kEntries)};
   }
 
   // Writes an entry and makes it the newest.
-  static void put(uint16_t* set, int at, uint32_t tag, int level) {
-    std::memmove(set + at, set + at + 1, (kEntries - 1 - at) * sizeof(uint16_t));
+  static void put(uint16_t* set, int16_t at, uint32_t tag, int level) {
+    for (int16_t i = 0; i < kEntries - 1; ++i) {  // over the whole line, so that it takes a few wide instructions wherever `at` is
+      const uint16_t stays = set[i];
+      const uint16_t next = set[i + 1];
+      set[i] = i < at ? stays : next;
+    }
     set[kEntries - 1] = static_cast<uint16_t>(tag << 4 | static_cast<uint32_t>(level));
   }
 
   // 24 random bits as a number in [0, 1).
   static float unit(uint64_t random) { return static_cast<float>(static_cast<uint32_t>(random) >> 8) * 0x1p-24f; }
 
-  static float power(int level) { return std::ldexp(kSteps[level & (kPerOctave - 1)], level >> 2); }
+  // 2^(level / 4), within the normal floats.
+  static float power(int level) {
+    const int exponent = std::clamp(level >> 2, -126, 127);
+    return float_of(bits_of(kSteps[level & (kPerOctave - 1)]) + (static_cast<uint32_t>(exponent) << 23));
+  }
   float value(int code) const { return code == 0 ? 0.0f : power(base_ + code); }
 
   // The largest level whose power is at most x.
   static int level_below(float x) {
     const uint32_t bits = bits_of(x);
     const float within = float_of((bits & 0x7FFFFFu) | 0x3F800000u);
-    int step = kPerOctave - 1;
-    while (within < kSteps[step]) --step;
+    const int step = (within >= kSteps[1]) + (within >= kSteps[2]) + (within >= kSteps[3]);
     return kPerOctave * (static_cast<int>(bits >> 23) - 127) + step;
   }
 

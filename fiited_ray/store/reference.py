@@ -128,7 +128,7 @@ _STEPS = [F32(2 ** (step / 4)) for step in range(4)]
 
 
 def _power(level: int) -> np.float32:
-    return F32(np.ldexp(_STEPS[level % 4], level // 4))
+    return F32(_STEPS[level % 4] * F32(2.0 ** min(max(level // 4, -126), 127)))
 
 
 def _level_below(x: np.float32) -> int:
