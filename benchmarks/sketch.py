@@ -42,7 +42,7 @@ STEPS = 3000  # about, of a stream
 LOOKUPS = 8  # about, for each distinct id
 RESIDENT = 0.01  # of the distinct ids, about
 ROW_BYTES = 100  # about, at the default dim 32 in chunks of 8
-SIZES = (0.0025, 0.005, 0.01, 0.02, 0.04)
+SIZES = (0.0025, 0.005, 0.01, 0.02, 0.04)  # of the sketch, as shares of the budget
 POLICY = PolicyConfig()
 
 
@@ -51,13 +51,14 @@ class Scenario:
     name: str
     exponent: float  # rank r is drawn in proportion to r^-exponent
     universe: float  # ids that can come, as a multiple of those that will have come
-    drift: float  # times an id changes its rank during the stream
+    drift: float  # times each rank goes to another id during the stream
+    sizes: tuple[float, ...] = SIZES
 
 
 SCENARIOS = (
     Scenario("power law 1.05", 1.05, 4.0, 0.0),
     Scenario("power law 0.8", 0.8, 1.3, 0.0),
-    Scenario("power law 1.05, drifting", 1.05, 4.0, 3.0),
+    Scenario("power law 1.05, drifting", 1.05, 4.0, 3.0, SIZES[1:4]),
 )
 
 
@@ -238,7 +239,8 @@ def _spec(size: float, budget: int) -> ShardSpec:
 
 def _score(rows: np.ndarray, exact: ExactCounter, admitted: int) -> dict[str, float]:
     importance = exact.importance
-    edge = np.partition(importance, len(importance) - len(rows))[len(importance) - len(rows)]
+    met = importance[importance > 0]
+    edge = np.partition(met, len(met) - len(rows))[len(met) - len(rows)]
     here = np.zeros(len(importance), bool)
     here[rows] = True
     top, certain = np.flatnonzero(importance >= edge), np.flatnonzero(importance > POLICY.admission * edge)
@@ -278,7 +280,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             axes.plot(sizes, shares, style, color=colour, label=f"{result['name']}: {label}")
     axes.axhline(95, color=GREY, linestyle="--", label="bar: 95 %")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [f"{size:g} %" for size in sizes])
+    axes.set_xticks([100 * size for size in SIZES], [f"{100 * size:g} %" for size in SIZES])
     axes.set_xlabel("sketch, share of the budget")
     axes.set_ylabel("kept, % of an exact counter's rows")
     axes.set_title(f"Rows kept against sketch size (synthetic streams, {results[0]['distinct'] / 1e6:.3g} M distinct ids, 1 % resident)")
@@ -289,7 +291,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ids", type=int, default=50_000_000)
-    parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, help="of the sketch, as shares of the budget")
+    parser.add_argument("--sizes", nargs="+", type=float, help="of the sketch, as shares of the budget")
     parser.add_argument("--scenarios", nargs="+", type=int, default=[0, 1, 2], help="0: 1.05, 1: 0.8, 2: drifting")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -297,7 +299,7 @@ def main() -> int:
     torch.set_num_threads(1)
     results = []
     for number in arguments.scenarios:
-        results.append(run(SCENARIOS[number], arguments.ids, arguments.sizes))
+        results.append(run(SCENARIOS[number], arguments.ids, arguments.sizes or SCENARIOS[number].sizes))
         print_table(results[-1])
         if arguments.json:
             arguments.json.write_text(json.dumps({"synthetic": True, "scenarios": results}, indent=1) + "\n")
