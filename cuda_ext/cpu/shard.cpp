@@ -33,7 +33,7 @@ class ShardOf final : public Shard {
         layout_(config.layout()),
         index_(memory_, config.partitions_log2()),
         pools_(memory_, layout_, config.granule()),
-        cells_(static_cast<uint32_t*>(memory_.take(sketch_bytes(config)))),
+        cells_(static_cast<uint16_t*>(memory_.take(sketch_bytes(config)))),
         sketch_(cells_, config.first_bucket, config.sketch_sets),
         rows_by_(static_cast<size_t>(config.tables) * config.chunks, 0) {
     if (cells_ == nullptr) throw std::runtime_error("no memory for the sketch of " + std::to_string(sketch_bytes(config)) + " bytes");
@@ -383,7 +383,7 @@ class ShardOf final : public Shard {
   void evict(uint32_t address) {
     const RowHeader header = pools_.header(address);
     const int width = pools_.width(address);
-    sketch_.add(header.key, header.importance);
+    sketch_.hand_back(header.key, header.importance);
     index_.erase(header.key, address);
     --rows_by_[header.table * layout_.chunks + width - 1];
     planned_ -= row_bytes_[width];
@@ -527,8 +527,8 @@ class ShardOf final : public Shard {
   }
 
   void win_row(uint64_t key, uint16_t table, float gain, int64_t step) {
-    const float estimate = sketch_.add(key, gain);
     if (threshold_ == 0.0) return;  // rows are then given out at lookup
+    const float estimate = sketch_.add(key, gain, step);
     const int width = width_of(estimate * unscale_ / static_cast<float>(config_.admission), cuts_.data(), layout_.chunks);
     if (width > 0 && ask(key, table, width, estimate, step, quota_) != kAbsent) sketch_.forget(key);
   }
@@ -552,25 +552,31 @@ class ShardOf final : public Shard {
       for (int width = 1; width <= layout_.chunks; ++width) {
         for (uint32_t at = 0; at < pools_.count(width); ++at) pools_.header(pools_.address_of(width, at)).importance *= factor;
       }
-      sketch_.lower(by, config_.buckets());
+      sketch_.lower(by);
       lowered_ += by;
       octaves -= by;
     }
     scale_ = static_cast<float>(std::exp2(octaves));
     unscale_ = 1.0f / scale_;
+    aim_sketch();
+  }
+
+  void aim_sketch() {
+    if (threshold_ > 0.0) sketch_.aim(static_cast<float>(threshold_ * config_.admission) * scale_, config_.buckets());
   }
 
   void set_cuts() {
     cuts_.clear();
     for (const double level : config_.levels) cuts_.push_back(static_cast<float>(threshold_ * level));
     if (threshold_ == 0.0) std::fill(cuts_.begin(), cuts_.end(), -1.0f);  // everything is worth keeping, unused rows too
+    aim_sketch();
   }
 
   Memory memory_;
   RowLayout layout_;
   Index index_;
   Pools pools_;
-  uint32_t* cells_;
+  uint16_t* cells_;
   Sketch sketch_;
   DistinctCounter distinct_;
   std::vector<TableSalt> salts_;

@@ -62,46 +62,83 @@ class _Row:
 
 @dataclass
 class _Sketch:
-    """Sixteen (tag, value) entries a set; values keep 12 bits of mantissa."""
+    """Sets of 32 entries (tag, code), oldest first; a code stands for 2^((base + code) / 4)."""
 
     sets_per_bucket: int
     sets: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    base: int = 0
 
-    def _set(self, key: int) -> list[tuple[int, int]]:
-        number = ((key & 0xFFFFFFFF) * self.sets_per_bucket) >> 32
-        return self.sets.setdefault((key >> 54, number), [(0, 0)] * 16)
-
-    @staticmethod
-    def _pack(value: np.float32) -> int:
-        return int(np.array(value, F32).view(np.uint32)) >> 11
-
-    @staticmethod
-    def _value(packed: int) -> np.float32:
-        return F32(np.array(packed << 11, np.uint32).view(F32))
-
-    def add(self, key: int, weight: np.float32) -> np.float32:
+    def add(self, key: int, weight: np.float32, step: int) -> np.float32:
         entries, tag = self._set(key), (key >> 32) & 0xFFF
-        for at, (other, packed) in enumerate(entries):
-            if other == tag and packed:
-                total = F32(self._value(packed) + weight)
-                entries[at] = (tag, self._pack(total))
-                return total
-        smallest = min(range(16), key=lambda at: entries[at][1])
-        least = self._value(entries[smallest][1])
-        if weight >= least:
-            entries[smallest] = (tag, self._pack(weight))
-        else:
-            entries[smallest] = (entries[smallest][0], self._pack(F32(least - weight)))
-        return weight
+        random = mix64((~key + _GOLDEN * step) & _MASK)
+        own, smallest = self._find(entries, tag)
+        at = smallest if own is None else own
+        total = F32(self._value(entries[at][1]) + weight)
+        if own is not None or F32(_unit(random) * total) < weight:
+            self._put(entries, at, tag, self._code(total, _unit(random >> 32)))
+        return weight if own is None else total
+
+    def hand_back(self, key: int, importance: np.float32) -> None:
+        entries, tag = self._set(key), (key >> 32) & 0xFFF
+        own, smallest = self._find(entries, tag)
+        at = smallest if own is None else own
+        code = self._code(importance, F32(1))
+        if code > entries[at][1]:
+            self._put(entries, at, tag, code)
 
     def forget(self, key: int) -> None:
         entries, tag = self._set(key), (key >> 32) & 0xFFF
-        entries[:] = [(0, 0) if other == tag else (other, packed) for other, packed in entries]
+        entries[:] = [(0, 0) if other == tag else (other, code) for other, code in entries]
 
     def lower(self, octaves: int) -> None:
-        step = octaves << 12  # the exponent's lowest bit
+        self.base -= 4 * octaves
+
+    def aim(self, importance: np.float32) -> None:
+        base = _level_below(importance) - 13
+        by, self.base = base - self.base, base
         for entries in self.sets.values():
-            entries[:] = [(tag, packed - step) if packed >= step + (1 << 12) else (0, 0) for tag, packed in entries]
+            entries[:] = [(tag, min(code - by, 15)) if code > max(by, 0) else (0, 0) for tag, code in entries]
+
+    def _set(self, key: int) -> list[tuple[int, int]]:
+        number = ((key & 0xFFFFFFFF) * self.sets_per_bucket) >> 32
+        return self.sets.setdefault((key >> 54, number), [(0, 0)] * 32)
+
+    @staticmethod
+    def _find(entries: list[tuple[int, int]], tag: int) -> tuple[int | None, int]:
+        own = [at for at, (other, code) in enumerate(entries) if other == tag and code]
+        return own[-1] if own else None, min(range(32), key=lambda at: entries[at][1])
+
+    @staticmethod
+    def _put(entries: list[tuple[int, int]], at: int, tag: int, code: int) -> None:
+        if code:
+            entries[:] = [*entries[:at], *entries[at + 1 :], (tag, code)]
+
+    def _value(self, code: int) -> np.float32:
+        return _power(self.base + code) if code else F32(0)
+
+    def _code(self, value: np.float32, chance: np.float32) -> int:
+        code = max(_level_below(value) - self.base, 0)
+        if code >= 15:
+            return 15
+        below = self._value(code)
+        return code + bool(F32(chance * F32(self._value(code + 1) - below)) < F32(value - below))
+
+
+_STEPS = [F32(2 ** (step / 4)) for step in range(4)]
+
+
+def _power(level: int) -> np.float32:
+    return F32(_STEPS[level % 4] * F32(2.0 ** min(max(level // 4, -126), 127)))
+
+
+def _level_below(x: np.float32) -> int:
+    bits = int(np.array(x, F32).view(np.uint32))
+    within = np.array((bits & 0x7FFFFF) | 0x3F800000, np.uint32).view(F32)
+    return 4 * ((bits >> 23) - 127) + max(step for step in range(4) if _STEPS[step] <= within)
+
+
+def _unit(random: int) -> np.float32:
+    return F32(((random & 0xFFFFFFFF) >> 8) * 2.0**-24)
 
 
 class ReferenceShard:
@@ -206,10 +243,11 @@ class ReferenceShard:
 
     def resize(self, threshold: float) -> None:
         self.threshold = threshold
+        self._aim_sketch()
         for (key, table), row in list(self.rows.items()):
             wanted = self._width(row.importance)
             if wanted == 0:
-                self.sketch.add(key, row.importance)
+                self.sketch.hand_back(key, row.importance)
                 del self.rows[key, table]
                 self.planned -= self.row_bytes[row.width]
                 self.evicted += 1
@@ -256,9 +294,9 @@ class ReferenceShard:
         return row
 
     def _win_row(self, key: int, table: int, gain: np.float32, step: int, quota: int) -> None:
-        estimate = self.sketch.add(key, gain)
         if self.threshold == 0:
             return
+        estimate = self.sketch.add(key, gain, step)
         width = self._width(F32(estimate), self.spec.admission)
         if width > 0 and self._ask(key, table, width, estimate, step, quota) is not None:
             self.sketch.forget(key)
@@ -305,6 +343,11 @@ class ReferenceShard:
             self._lowered += by
             octaves -= by
         self._scale = F32(2.0**octaves)
+        self._aim_sketch()
+
+    def _aim_sketch(self) -> None:
+        if self.threshold > 0:
+            self.sketch.aim(F32(F32(self.threshold * self.spec.admission) * self._scale))
 
     def export_rows(self) -> Rows:
         """Rows ordered by key, as `VhpiShard.export_rows` gives them, with keys (not raw ids) in `raw_ids`."""
