@@ -1,10 +1,10 @@
 """Quality at a byte budget: ours beside whole-row pruning, the hashing trick and full width, by the same training loop.
 
-    python benchmarks/quality.py --config jobs/configs/goodbooks.yaml --budgets 10% 2% --seeds 0 --json FILE [key=value ...]
+    python benchmarks/quality.py --config jobs/configs/goodbooks.yaml --budgets 10% 2% --seeds 0 1 2 --json FILE [key=value ...]
 
 Methods: `fiited` (widths by chunk), `rows` (one chunk: whole rows, as AdaEmbed prunes), `hash` (ids modulo a number of rows, plain
 full-width tables of exactly the budget, each table's share in proportion to its distinct ids), `full` (every id at full width). One
-process, one thread a run; budgets are shares of the dense-equivalent bytes, everything counted.
+process, one thread a run; budgets are shares of the dense-equivalent bytes (float32, whatever the store's dtype), everything counted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,27 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def print_summary(rows: list[dict[str, Any]]) -> None:
+    """Mean and sample standard deviation over seeds, and how far `fiited` leads the other methods at the same seed and bytes."""
+    by_kind: dict[tuple[float, str], dict[int, float]] = {}
+    for row in rows:
+        by_kind.setdefault((row["budget"], row["method"]), {})[row["seed"]] = row["auc"]
+    print(f"{'method':<8}{'budget':>8}{'seeds':>7}{'AUC, mean':>11}{'sd':>9}{'fiited leads by':>18}{'sd':>9}{'least':>9}")
+    for (budget, method), scores in sorted(by_kind.items(), key=lambda item: (-item[0][0], item[0][1])):
+        mean, spread = _mean_and_spread(list(scores.values()))
+        line = f"{method:<8}{budget:>8.2%}{len(scores):>7}{mean:>11.4f}{spread:>9}"
+        ours = by_kind.get((budget, "fiited"), {})
+        leads = [ours[seed] - score for seed, score in scores.items() if seed in ours]
+        if leads and method != "fiited":
+            mean, spread = _mean_and_spread(leads)
+            line += f"{mean:>18.4f}{spread:>9}{min(leads):>9.4f}"
+        print(line)
+
+
+def _mean_and_spread(values: list[float]) -> tuple[float, str]:
+    return statistics.mean(values), f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
@@ -133,6 +155,8 @@ def main() -> int:
                 arguments.json.write_text(json.dumps(rows, indent=1))
     print()
     print_table(rows)
+    print()
+    print_summary(rows)
     return 0
 
 

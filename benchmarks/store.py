@@ -304,7 +304,6 @@ def _spec(dim: int, budget: int | None) -> ShardSpec:
         init_scale=0.01,
         restore_scale=0.0,
         decay=PolicyConfig().decay,
-        narrow_lr_power=0.5,
         admission=PolicyConfig().admission,
         levels=tuple(PolicyConfig().alpha ** chunk for chunk in range(chunks)),
     )

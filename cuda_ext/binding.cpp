@@ -97,7 +97,7 @@ std::shared_ptr<Shard> shard_of(int64_t handle) {
 
 // The order of these numbers is that of fiited_ray/store/layout.py.
 ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector<double>& floats) {
-  REQUIRE(ints.size() == 11 && floats.size() >= 8, "a shard's configuration is 11 integers, 8 numbers and levels");
+  REQUIRE(ints.size() == 11 && floats.size() >= 7, "a shard's configuration is 11 integers, 7 numbers and levels");
   ShardConfig config;
   config.seed = static_cast<uint64_t>(ints[0]);
   config.chunk = static_cast<int>(ints[1]);
@@ -116,9 +116,8 @@ ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector<double
   config.init_scale = floats[3];
   config.restore_scale = floats[4];
   config.decay = floats[5];
-  config.narrow_lr_power = floats[6];
-  config.admission = floats[7];
-  config.levels.assign(floats.begin() + 8, floats.end());
+  config.admission = floats[6];
+  config.levels.assign(floats.begin() + 7, floats.end());
   REQUIRE(config.chunk > 0 && config.chunks > 0 && config.chunks <= 64, "chunk and chunks must be positive, chunks at most 64");
   REQUIRE(static_cast<int>(config.levels.size()) == config.chunks, "one level for each chunk is wanted");
   REQUIRE(config.tables > 0 && config.tables <= 65536, "there must be 1 to 65536 tables");

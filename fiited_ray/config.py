@@ -177,7 +177,6 @@ class EmbeddingConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # Adam
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored vectors; arithmetic is float32
     init_scale: float = 0.01  # a new row is uniform in +-init_scale, from a hash of (seed, key, dimension)
-    narrow_lr_power: float = 0.5  # a row with w of k chunks learns at lr * (k / w) ** this: its dot products move as a full row's do
     restore_scale: float = 0.0  # the same for a chunk that an existing row wins back
 
     def __post_init__(self) -> None:

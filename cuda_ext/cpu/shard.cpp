@@ -450,23 +450,18 @@ class ShardOf final : public Shard {
 
   template <Optimizer kind, class Gradients>
   void update_rows(const Update& rows, const Gradients& gradients) {
-    StepConstants constants{0,
-                            static_cast<float>(config_.eps),
-                            static_cast<float>(config_.beta1),
-                            static_cast<float>(config_.beta2),
-                            static_cast<float>(1 - std::pow(config_.beta1, static_cast<double>(rows.step))),
-                            static_cast<float>(1 - std::pow(config_.beta2, static_cast<double>(rows.step))),
-                            rows.step};
-    std::vector<float> lr_of(layout_.chunks + 1);
-    for (int width = 1; width <= layout_.chunks; ++width) {
-      lr_of[width] = static_cast<float>(rows.lr * std::pow(static_cast<double>(layout_.chunks) / width, config_.narrow_lr_power));
-    }
+    const StepConstants constants{static_cast<float>(rows.lr),
+                                  static_cast<float>(config_.eps),
+                                  static_cast<float>(config_.beta1),
+                                  static_cast<float>(config_.beta2),
+                                  static_cast<float>(1 - std::pow(config_.beta1, static_cast<double>(rows.step))),
+                                  static_cast<float>(1 - std::pow(config_.beta2, static_cast<double>(rows.step))),
+                                  rows.step};
     const std::unique_ptr<float[]> gains(new float[rows.n]);  // of importance, for the keys without a row
     std::atomic<int64_t> moved{rows.n};                       // the first row that is not where it was
     std::atomic<int64_t> infinite{rows.n};                    // the first row whose gradient is not finite
     for_each_range(rows.n, kKeysPerTask, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(layout_.chunks * layout_.chunk);
-      StepConstants mine = constants;
       const int32_t ahead = ahead_of(layout_.stride(layout_.chunks));
       const auto fetch = [&](int64_t at) __attribute__((always_inline)) {
         for (int64_t i = at; i < std::min(end, at + ahead); ++i) pools_.prefetch_row(rows.addresses[i]);
@@ -497,8 +492,7 @@ class ShardOf final : public Shard {
         }
         std::byte* row = pools_.row(address);
         reinterpret_cast<RowHeader*>(row)->importance += gain;
-        mine.lr = lr_of[width];
-        apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live_squares, key, mine);
+        apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live_squares, key, constants);
       }
     });
     if (moved < rows.n) {

@@ -39,7 +39,6 @@ struct ShardConfig {
   double restore_scale;
   double decay;
   double admission;            // a key without a row must beat the threshold by this factor
-  double narrow_lr_power;      // a row of width w learns at lr * (chunks / w)^this
   std::vector<double> levels;  // threshold multiples of the chunks, not decreasing
 
   RowLayout layout() const { return {chunk, chunks, storage == Storage::kFloat32 ? 4 : 2, optimizer}; }

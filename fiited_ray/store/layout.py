@@ -38,7 +38,6 @@ class ShardSpec:
     init_scale: float
     restore_scale: float
     decay: float
-    narrow_lr_power: float
     admission: float
     levels: tuple[float, ...]
 
@@ -69,7 +68,6 @@ class ShardSpec:
             init_scale=embedding.init_scale,
             restore_scale=embedding.restore_scale,
             decay=policy.decay,
-            narrow_lr_power=embedding.narrow_lr_power,
             admission=policy.admission,
             levels=tuple(policy.alpha**chunk for chunk in range(chunks)),
         )
@@ -127,7 +125,6 @@ class ShardSpec:
             self.init_scale,
             self.restore_scale,
             self.decay,
-            self.narrow_lr_power,
             self.admission,
             *self.levels,
         ]

@@ -219,7 +219,7 @@ class ReferenceShard:
             row = self.rows.get((key, table))
             if row is not None:
                 row.importance = F32(row.importance + gain)
-                self._learn(row, gradient[:live], lr * (self.spec.chunks / width) ** self.spec.narrow_lr_power, step)
+                self._learn(row, gradient[:live], lr, step)
             else:
                 self._win_row(key, table, F32(gain), step, quota)
 

@@ -222,12 +222,27 @@ def test_a_lookup_from_before_a_round_cannot_be_used_for_an_update() -> None:
         shard.update(found, torch.zeros(24), None, 0.1, 2)
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
-def test_stochastic_rounding_is_unbiased(storage: str) -> None:
+@pytest.mark.parametrize("start", [1.0, -1.0])
+@pytest.mark.parametrize("towards_zero", [False, True])
+@pytest.mark.parametrize(("storage", "mantissa"), [("bfloat16", 7), ("float16", 10)])
+def test_many_small_updates_add_up_on_average(storage: str, mantissa: int, towards_zero: bool, start: float) -> None:
+    """Steps far below a unit in the last place: rounding to nearest would lose all of them, truncation all or far too much."""
+    rows, steps, change = 1000, 100, 2e-4
     shard = VhpiShard(make_spec(storage=storage, optimizer="sgd", init_scale=0.0))
-    raw = list(range(500))
-    learn(shard, raw, torch.full((500, 12), -1.0), 1, lr=1.0)  # all values are 1
-    for step in range(2, 202):  # far below half a unit in the last place
-        learn(shard, raw, torch.full((500, 12), -1e-4), step, lr=1.0)
-    mean = padded(shard, read(shard, raw)).mean()
-    assert abs(float(mean) - 1.02) < 0.002
+    local = ops.dedup_ids(torch.arange(rows), torch.tensor([rows]), torch.tensor([0], dtype=torch.int32), 0, 1)
+
+    def add(value: float, step: int) -> None:
+        found = shard.lookup(local.keys, local.tables, local.counts, training=True, step=step)
+        shard.update(found, torch.full((rows * 12,), -value), None, 1.0, step)
+
+    add(1.5 * start, 1)  # in the middle of an octave
+    signed = -start * change if towards_zero else start * change
+    for step in range(2, 2 + steps):
+        add(signed, step)
+    moved = padded(shard, shard.lookup(local.keys, local.tables, local.counts, training=False)).double() - 1.5 * start
+    # A rounding goes up or down one unit with mean `change`: its variance is below unit * change. All are independent.
+    unit = 2.0**-mantissa
+    deviation = (unit * change * steps / moved.numel()) ** 0.5
+    assert change < unit / 4
+    assert abs(float(moved.mean()) - steps * signed) < 4 * deviation < 0.1 * steps * change
+    assert moved.std() > 0.8 * deviation * moved.numel() ** 0.5  # each value on its own: not all rounded by the same bits
