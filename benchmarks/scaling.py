@@ -37,7 +37,7 @@ from fiited_ray.coordinator import Decider, RemoteDecider, start_coordinator
 from fiited_ray.data import Batch, check_files, count_distinct, parquet_batches
 from fiited_ray.data.synthetic import CATEGORICAL, DENSE, SyntheticSpec, write_synthetic
 from fiited_ray.exchange import Group, Solo, make_exchange
-from fiited_ray.policy import BINS, RoundState, ShardReport, levels_of
+from fiited_ray.policy import BINS, RoundState, ShardReport, decide, levels_of
 from fiited_ray.store import ShardSpec
 from fiited_ray.train.loop import Worker, hold_round, train_step
 
@@ -57,7 +57,7 @@ SMALL, LARGE = 16, 1 << 20  # bytes to each peer, to tell a message's cost from 
 class Case:
     """One run to be measured."""
 
-    kind: str  # strong, weak, tiny, wire or network
+    kind: str  # strong, weak, tiny or wire
     workers: int
     batch: int  # rows of all workers
     share: float | None  # of the dense-equivalent bytes
@@ -261,19 +261,35 @@ def part_coordinator() -> dict[str, Any]:
         silent_wall, silent_cpu = _rounds(silent, shards)
         ray.kill(silent)
         results.append({"shards": shards, "round_s": wall, "decision_s": decision, "actor_cpu_s": cpu})
-        results[-1] |= {"silent_round_s": silent_wall, "silent_actor_cpu_s": silent_cpu}
+        results[-1] |= {"silent_round_s": silent_wall, "silent_actor_cpu_s": silent_cpu, "decide_cpu_s": _decide_seconds(shards)}
         print(
             f"{shards:>5} shards: round {wall:.4f} s, decision {decision:.4f} s, actor's CPU {cpu:.4f} s; "
-            f"an actor that does nothing: round {silent_wall:.4f} s, CPU {silent_cpu:.4f} s",
+            f"an actor that does nothing: round {silent_wall:.4f} s, CPU {silent_cpu:.4f} s; "
+            f"the decision by itself: CPU {results[-1]['decide_cpu_s']:.4f} s",
             flush=True,
         )
     ray.shutdown()
     return {"reporters": REPORTERS, "rounds": results}
 
 
+def _state(shards: int) -> RoundState:
+    return RoundState(shards * 10_000_000, 1e-3, levels_of(2.0, 4), (0, 58, 90, 122, 154))
+
+
+def _decide_seconds(shards: int) -> float:
+    """CPU seconds of the pure decision, no actor around it."""
+    reports = [simulated_report(rank % 8) for rank in range(shards)]
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        decide(reports, _state(shards), PolicyConfig())
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
 def _rounds(actor: Any, shards: int) -> tuple[float, float]:
     """Median seconds of a round, and of the actor's process in it."""
-    state = RoundState(shards * 10_000_000, 1e-3, levels_of(2.0, 4), (0, 58, 90, 122, 154))
+    state = _state(shards)
     count = min(REPORTERS, shards)
     reporters = [Reporter.remote(actor, range(at * shards // count, (at + 1) * shards // count), state) for at in range(count)]
     walls, cpus = [], []

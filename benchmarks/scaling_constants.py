@@ -187,9 +187,7 @@ def plot_wire(runs: Sequence[dict[str, Any]], path: Path) -> None:
     axes.plot(width, [run["wire_bytes_per_sample"] for run in runs], "o-", color=BLUE, label="measured")
     half_of_keys = runs[0]["keys_per_sample"] / 2  # two workers: every other key is one's own
     grid = np.linspace(0, Workload.chunks, 81)
-    axes.plot(
-        grid, half_of_keys * wire_bytes_of_key(Workload(1e6), grid), color=ORANGE, label="model, if all keys had the mean width", zorder=1
-    )
+    axes.plot(grid, half_of_keys * wire_bytes_of_key(Workload(1e6), grid), color=ORANGE, label="model, all keys of mean width", zorder=1)
     axes.plot(grid, half_of_keys * 8 * Workload.chunk * grid, color=GREY, linestyle="--", label="in proportion to live width alone")
     for run in runs:
         share = "full" if run["share"] is None else f"1/{round(1 / run['share'])}"
