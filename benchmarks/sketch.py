@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fiited_ray.config import Config, DataConfig, PolicyConfig
+from fiited_ray.config import Config, DataConfig, ModelConfig, PolicyConfig
 from fiited_ray.coordinator import LocalDecider
 from fiited_ray.policy import RoundSchedule, RoundState, ShardReport, importance_bin, width_of
 from fiited_ray.store import ShardSpec, VhpiShard, ops
@@ -234,7 +234,7 @@ def run(scenario: Scenario, ids: int, sizes: Sequence[float]) -> dict[str, Any]:
 
 def _spec(size: float, budget: int) -> ShardSpec:
     policy = dataclasses.replace(POLICY, sketch_share=size)
-    return ShardSpec.of(Config(data=DataConfig(categorical=("id",)), policy=policy), budget)
+    return ShardSpec.of(Config(data=DataConfig(categorical=("id",)), policy=policy, model=ModelConfig(kind="dcnv2")), budget)
 
 
 def _score(rows: np.ndarray, exact: ExactCounter, admitted: int) -> dict[str, float]:

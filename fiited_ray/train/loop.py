@@ -127,14 +127,17 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None) -> dict
     return worker.history.last | results
 
 
-def train_step(worker: Worker, batch: Batch, route: Route) -> None:
-    """Forward, backward and both updates on this worker's slice of a global batch.
+def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None:
+    """Forward, backward and both updates on this worker's slice of a global batch; `route` is the batch's, where it has been made ahead.
 
     The loss is the mean over the global batch, so slices may differ in size or be empty: each worker's share is scaled such that
     averaging over workers, as DistributedDataParallel and the embedding do, gives that mean.
     """
     worker.model.train()
     worker.embedding.train()
+    if route is None:
+        with worker.times.phase("route"):
+            route = worker.embedding.route(batch)
     vectors_BFD = worker.embedding(batch, route)
     with worker.times.phase("model"):
         logits_B = worker.model(batch.dense, vectors_BFD)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import fold
 
-from fiited_ray.config import Config, DataConfig, PolicyConfig
+from fiited_ray.config import Config, DataConfig, ModelConfig, PolicyConfig
 from fiited_ray.coordinator import LocalDecider
 from fiited_ray.policy import RoundState, ShardReport
 from fiited_ray.store import ShardSpec, VhpiShard
@@ -18,7 +18,7 @@ BUCKETS = 32  # of the 1024: one set for each makes a small sketch
 
 def small_spec(budget: int, **policy: float) -> ShardSpec:
     """A shard of the first 32 buckets."""
-    config = Config(data=DataConfig(categorical=("id",)), policy=PolicyConfig(**policy))
+    config = Config(data=DataConfig(categorical=("id",)), policy=PolicyConfig(**policy), model=ModelConfig(kind="dcnv2"))
     return ShardSpec.of(config, budget * 1024 // BUCKETS, 0, 1024 // BUCKETS)
 
 

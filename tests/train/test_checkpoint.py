@@ -29,7 +29,7 @@ def saved(tmp_path: Path) -> tuple[Path, Worker]:
     ids = torch.arange(20)
     for _ in range(3):
         batch = Batch(torch.randn(10, 1), (torch.rand(10) < 0.5).float(), ids, torch.arange(21))
-        train_step(worker, batch, worker.embedding.route(batch))
+        train_step(worker, batch)
     save(tmp_path, worker)
     return tmp_path, worker
 
