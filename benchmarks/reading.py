@@ -37,17 +37,18 @@ TICKS = os.sysconf("SC_CLK_TCK")
 class Reader:
     """A worker that only reads."""
 
-    def __init__(self, config: Config, files: Files, rank: int, workers: int) -> None:
+    def __init__(self, config: Config, files: Files, reader: str, rank: int, workers: int) -> None:
         torch.set_num_threads(1)
         self.config, self.files, self.rank, self.workers = config, files, rank, workers
-        self.dataset = ray_dataset(files, config.data, config.data.max_rows)
-        self.dataset.context.execution_options.preserve_order = True
+        self.dataset = ray_dataset(files, config.data, config.data.max_rows) if reader == "ray" else None
+        if self.dataset is not None:
+            self.dataset.context.execution_options.preserve_order = True
 
-    def read(self, reader: str) -> tuple[float, int]:
+    def read(self) -> tuple[float, int]:
         """Seconds and rows of one epoch."""
         data, size = self.config.data, self.config.train.batch_size
         start = time.perf_counter()
-        if reader == "arrow":
+        if self.dataset is None:
             batches = parquet_batches(self.files, data, size, rank=self.rank, workers=self.workers, max_rows=data.max_rows)
         else:
             batches = ray_batches(self.dataset.iterator(), data, size, self.rank, self.workers)
@@ -78,10 +79,10 @@ def cpu_seconds() -> float:
 
 def measure(config: Config, reader: str, workers: int) -> dict[str, Any]:
     files = check_files(config.data.train, config.data)
-    readers = [Reader.remote(config, files, rank, workers) for rank in range(workers)]  # type: ignore[attr-defined]
-    ray.get([each.read.remote(reader) for each in readers])
+    readers = [Reader.remote(config, files, reader, rank, workers) for rank in range(workers)]  # type: ignore[attr-defined]
+    ray.get([each.read.remote() for each in readers])
     cpu = cpu_seconds()
-    parts = ray.get([each.read.remote(reader) for each in readers])
+    parts = ray.get([each.read.remote() for each in readers])
     cpu = cpu_seconds() - cpu
     for each in readers:
         ray.kill(each)
