@@ -17,7 +17,7 @@ from fiited_ray.data import Batch, parquet_batches
 from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
 from fiited_ray.exchange import Solo
 from fiited_ray.train.loop import Worker, train
-from fiited_ray.train.trainer import make_plan
+from fiited_ray.train.plan import make_plan
 
 
 def trace(config: Config, path: Path, warmup: int, steps: int) -> str:
