@@ -11,7 +11,8 @@ R rows are in the store at the end, and E is the importance of the R-th id by an
 
     certain   ids with importance above admission * E: what must have a row, whatever came before
     top       the R most important ids, borderline ones included (`mass`: of their importance)
-    policy    the rows that the same policy holds at the end when an exact counter stands in the sketch's place
+    policy    the rows that the same policy holds at the end when an exact counter stands in the sketch's place,
+              with the bytes of the largest sketch set aside
 
 Between E and admission * E it depends on its past whether an id has a row, by design: a new one has to beat the threshold by that
 factor. So even the exact counter does not hold all of `top`; its own shares are in the table. `below` is the share of the store's
@@ -271,19 +272,21 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
     from fiited_ray.plots import BLUE, GREEN, GREY, ORANGE
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     for result, colour in zip(results, (BLUE, ORANGE, GREEN), strict=False):
+        name = f"{result['name']} ({result['distinct'] / 1e6:.2g} M ids)"
         sizes = [float(size.rstrip("%")) for size in result["store"]]
         for kind, style, label in (("certain", "o-", "certain"), ("top", "s:", "top R")):
             shares = [100 * row[kind] for row in result["store"].values()]
-            axes.plot(sizes, shares, style, color=colour, label=f"{result['name']}: {label}")
+            axes.plot(sizes, shares, style, color=colour, label=f"{name}: {label}")
+        axes.axhline(100 * result["exact"]["top"], color=colour, linewidth=0.6, label="    top R, exact counter as sketch")
     axes.axhline(95, color=GREY, linestyle="--", label="bar: 95 %")
     axes.set_xscale("log", base=2)
     axes.set_xticks([100 * size for size in SIZES], [f"{100 * size:g} %" for size in SIZES])
     axes.set_xlabel("sketch, share of the budget")
     axes.set_ylabel("kept, % of an exact counter's rows")
-    axes.set_title(f"Rows kept against sketch size (synthetic streams, {results[0]['distinct'] / 1e6:.3g} M distinct ids, 1 % resident)")
+    axes.set_title("Rows kept against sketch size (synthetic streams, about 1 % of the ids resident)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=100)
 
