@@ -30,7 +30,7 @@ from fiited_ray.data import parquet_batches
 from fiited_ray.exchange import make_exchange
 from fiited_ray.policy import Decision, RoundState, ShardReport, decide
 from fiited_ray.train.loop import Worker, train
-from fiited_ray.train.trainer import Plan, make_plan
+from fiited_ray.train.plan import Plan, make_plan
 
 
 class GroupDecider:

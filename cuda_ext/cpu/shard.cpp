@@ -15,7 +15,7 @@ namespace fiited {
 namespace {
 
 constexpr int64_t kKeysPerTask = 2048;
-constexpr uint32_t kRoundBlock = 32;  // rows of a round that are decided together, before the first of them moves
+constexpr uint32_t kRoundBlock = 16;  // rows of a round that are decided together, before the first of them moves
 constexpr int kLowerAt = 16;          // octaves of decay after which all importances are scaled down
 constexpr uint64_t kAllKeys = 1ull << 32;
 
