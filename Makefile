@@ -71,7 +71,7 @@ $(VENV)/.dependencies: pyproject.toml | $(VENV)/.python
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies setup.py $(kernels) $(headers)
-	@echo "==> building the kernels: about 20 seconds"
+	@echo "==> building the kernels: about a minute"
 	@$(pip) install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 

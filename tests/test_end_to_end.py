@@ -18,7 +18,7 @@ from fiited_ray.data import DataError
 from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
 from fiited_ray.summary import summary
 from fiited_ray.train.plan import Plan, make_plan
-from fiited_ray.train.trainer import Outcome, run
+from fiited_ray.train.trainer import Outcome, first_cause, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,6 +138,13 @@ def test_a_workers_error_reaches_the_driver_with_its_cause_and_the_run_is_marked
     client = mlflow.MlflowClient(config.tracking.uri)
     runs = client.search_runs(["1"], "attributes.run_name = 'bad'")
     assert [each.info.status for each in runs] == ["FAILED"]
+
+
+def test_the_error_told_is_that_of_the_worker_that_began_not_of_those_that_lost_it() -> None:
+    lost = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
+    bad = DataError("dense column 'd1', row 7: nan")
+    assert first_cause({0: lost, 1: bad}) == (1, bad)
+    assert first_cause({0: lost, 2: lost}) == (0, lost)
 
 
 def test_an_impossible_budget_is_refused_with_the_smallest_possible_one(config: Config) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from fiited_ray.train.plan import Plan
 from fiited_ray.train.plots_of_run import log_plots
 
 _POLL_SECONDS = 1.0
+_LOST_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
     except BaseException as error:
         tracking.finish(run_ref, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         if isinstance(error, WorkerGroupError):
-            rank, first = min(error.worker_failures.items())
-            raise RuntimeError(f"worker {rank}: {first}") from error
+            rank, cause = first_cause(error.worker_failures)
+            raise RuntimeError(f"worker {rank}: {cause}") from error
         raise
     finally:
         finished.set()
@@ -94,6 +96,12 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
     tracking.describe(run_ref, f"```\n{summary(plan, outcome)}\n```")
     tracking.finish(run_ref, "FINISHED")
     return outcome
+
+
+def first_cause(failures: Mapping[int, Exception]) -> tuple[int, Exception]:
+    """Rank and error of the worker that began it: others lose their connection to it, and their errors say no more than that."""
+    began = {rank: error for rank, error in failures.items() if not _LOST_CONNECTION.search(str(error))}
+    return min((began or failures).items())
 
 
 def _watch(coordinator: Any, finished: threading.Event, progress: Callable[[str], None]) -> None:
