@@ -23,7 +23,7 @@ SYNTHETIC_KEY = b"fiited_ray.synthetic"
 class Files:
     """Parquet files in reading order."""
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...]  # absolute: workers have working folders of their own
     rows: tuple[int, ...]  # of each file
     synthetic: bool  # made by this project's generator
 
@@ -73,7 +73,7 @@ def check_files(patterns: tuple[str, ...], config: DataConfig, role: str = "data
                 raise DataError(f"{path}: column {name!r} is {schema.field(name).type}, but {first.field(name).type} in {paths[0]}")
         rows.append(metadata.num_rows)
         synthetic |= SYNTHETIC_KEY in (schema.metadata or {})
-    return Files(paths, tuple(rows), synthetic)
+    return Files(tuple(str(Path(path).absolute()) for path in paths), tuple(rows), synthetic)
 
 
 def column_statistics(metadata: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:

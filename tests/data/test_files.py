@@ -38,6 +38,14 @@ def test_files_come_in_the_order_named_with_their_row_counts(tmp_path: Path) -> 
     assert (found.rows, found.total_rows) == ((2, 4), 6)
 
 
+def test_relative_paths_mean_the_same_files_in_a_worker_with_another_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absolute = write(tmp_path / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert check_files(("train.parquet",), CONFIG).paths == (absolute,)
+
+
 def test_a_folder_stands_for_its_parquet_files_in_sorted_order(tmp_path: Path) -> None:
     names = [write(tmp_path / "day" / name) for name in ("b.parquet", "a.parquet", "deeper/c.parquet")]
     (tmp_path / "day" / "notes.txt").write_text("no data")
