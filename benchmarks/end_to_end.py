@@ -37,13 +37,14 @@ import peers
 import torch
 import torch.distributed as dist
 from quality import distinct_by_table
+from settings import config_of
 
 from fiited_ray.ahead import ahead
-from fiited_ray.config import Config, load
+from fiited_ray.config import Config
+from fiited_ray.coordinator import GroupDecider, LocalDecider
 from fiited_ray.data import Batch, check_files, parquet_batches
-from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
+from fiited_ray.data.synthetic import SyntheticSpec
 from fiited_ray.exchange import make_exchange
-from fiited_ray.policy import Decision, RoundState, ShardReport, decide
 from fiited_ray.store import ShardSpec
 from fiited_ray.train.loop import Worker, train
 
@@ -104,20 +105,6 @@ class Turns:
             yield next(self.batches)
 
 
-class GroupDecider:
-    """Every worker gathers all reports and decides for itself: the coordinator's pure function without its actor."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def decide(self, number: int, report: ShardReport, state: RoundState) -> Decision | None:
-        reports: list[Any] = [report]
-        if dist.is_initialized():
-            reports = [None] * dist.get_world_size()
-            dist.all_gather_object(reports, report)
-        return decide(reports, state, self.config.policy)
-
-
 def endless(config: Config, rank: int, workers: int, prepare: Callable[[Batch], Batch] = lambda batch: batch) -> Iterator[Batch]:
     """Epoch after epoch; the short last batches are left out. Reads, collates and prepares in a thread."""
     files = check_files(config.data.train, config.data)
@@ -138,7 +125,8 @@ def run_ours(task: Task, rank: int, pipe: Connection) -> None:
         dist.init_process_group("gloo", f"file://{task.folder}/store", rank=rank, world_size=system.workers)
     row_bytes = ShardSpec.of(config, None).dense_row_bytes
     budget = None if system.share == 1 else int(sum(task.distinct) * row_bytes * system.share)
-    worker = Worker(config, budget, make_exchange(), GroupDecider(config))
+    decider = GroupDecider(config.policy) if system.workers > 1 else LocalDecider(config.policy)
+    worker = Worker(config, budget, make_exchange(), decider)
     turns = Turns(task, endless(config, rank, system.workers), pipe)
     turns.mark = lambda: (len(worker.history.steps), worker.step, worker.exchange.bytes_sent)
 
@@ -337,13 +325,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings = ["train.workers=1", "embedding.optimizer=rowwise_adagrad"]
-        path = arguments.config
-        if path is None:
-            path = Path(__file__).parent.parent / "jobs" / "configs" / "synthetic.yaml"
-            train_file, test_file = write_synthetic(Path(folder) / "data", SyntheticSpec(rows=arguments.rows))
-            settings += [f"data.train={train_file}", f"data.test={test_file}"]
-        result = measure(load(path, [*settings, *arguments.overrides]), arguments)
+        settings = ["train.workers=1", "embedding.optimizer=rowwise_adagrad", *arguments.overrides]
+        result = measure(config_of(arguments.config, arguments.rows, folder, settings), arguments)
     print(json.dumps({key: value for key, value in result.items() if key not in ("systems", "setting")}, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -24,25 +24,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fiited_ray.config import Config, load
-from fiited_ray.coordinator import LocalDecider
+from fiited_ray.config import load
+from fiited_ray.coordinator import GroupDecider, LocalDecider
 from fiited_ray.data import parquet_batches
 from fiited_ray.exchange import make_exchange
-from fiited_ray.policy import Decision, RoundState, ShardReport, decide
 from fiited_ray.train.loop import Worker, train
 from fiited_ray.train.plan import Plan, make_plan
-
-
-class GroupDecider:
-    """Every worker gathers all reports and decides for itself."""
-
-    def __init__(self, config: Config) -> None:
-        self.policy = config.policy
-
-    def decide(self, number: int, report: ShardReport, state: RoundState) -> Decision | None:
-        reports: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, report)
-        return decide(reports, state, self.policy)
 
 
 def measure(rank: int, plan: Plan, workers: int, threads: int, turns: int, folder: str) -> None:
@@ -54,7 +41,7 @@ def measure(rank: int, plan: Plan, workers: int, threads: int, turns: int, folde
     for turn in range(turns + 1):  # the first one warms up
         for overlap in (0, 1) if turn % 2 else (1, 0):
             config = dataclasses.replace(plan.config, train=dataclasses.replace(plan.config.train, workers=workers, overlap=overlap))
-            decider = GroupDecider(config) if workers > 1 else LocalDecider(config.policy)
+            decider = GroupDecider(config.policy) if workers > 1 else LocalDecider(config.policy)
             worker = Worker(config, plan.budget_bytes, make_exchange(), decider)
             size = config.train.batch_size
             before = time.thread_time()

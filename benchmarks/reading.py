@@ -24,11 +24,12 @@ from typing import Any
 import ray
 import ray.data
 import torch
+from settings import config_of
 
-from fiited_ray.config import Config, load
+from fiited_ray.config import Config
 from fiited_ray.data import check_files, parquet_batches, ray_batches, ray_dataset
 from fiited_ray.data.files import Files
-from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
+from fiited_ray.data.synthetic import SyntheticSpec
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -109,12 +110,7 @@ def main() -> int:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     with tempfile.TemporaryDirectory() as folder:
-        settings, path = ["train.workers=1"], arguments.config
-        if path is None:
-            path = Path(__file__).parent.parent / "jobs" / "configs" / "synthetic.yaml"
-            train_file, test_file = write_synthetic(Path(folder) / "data", SyntheticSpec(rows=arguments.rows))
-            settings += [f"data.train={train_file}", f"data.test={test_file}"]
-        config = load(path, [*settings, *arguments.overrides])
+        config = config_of(arguments.config, arguments.rows, folder, ["train.workers=1", *arguments.overrides])
         found = [measure(config, reader, workers) for workers in arguments.workers for reader in ("arrow", "ray")]
     ray.shutdown()
     print(f"{'reader':<8}{'workers':>8}{'rows':>12}{'CPU us/sample':>15}{'us/sample':>11}{'of a step':>11}")

@@ -1,6 +1,6 @@
 """The store's speed beside FBGEMM's and torch's tables, and beside what the memory allows.
 
-    python benchmarks/store.py --json FILE [--dims 32 128] [--quick]
+    python benchmarks/store.py --json FILE [--dims 32 128] [--turns 48]
 
 Synthetic ids: 26 tables, 4096 single-hot power-law ids of each in a batch, tables far larger than the last-level cache. A training
 step is lookup, backward and fused row-wise Adagrad (torch: elementwise, the only sparse one it has). Systems take turns batch by
@@ -25,14 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fiited_ray.config import PolicyConfig
+from fiited_ray.config import Config, DataConfig, EmbeddingConfig, PolicyConfig
 from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import Batch
 from fiited_ray.embedding import ShardedEmbedding
 from fiited_ray.exchange import Solo
 from fiited_ray.policy import RoundState, ShardReport
 from fiited_ray.store import ShardSpec, VhpiShard
-from fiited_ray.store.layout import BUCKETS
 
 TABLES, BATCH, CHUNK, LR = 26, 4096, 8, 0.05
 TABLE_BYTES = 1 << 30  # of the vectors of all tables
@@ -289,28 +288,8 @@ def _admit(shard: VhpiShard, begin: int, end: int) -> None:
 
 
 def _spec(dim: int, budget: int | None) -> ShardSpec:
-    sets = 1 if budget is None else max(1, round(budget * PolicyConfig().sketch_share / (BUCKETS * 64)))
-    chunks = dim // CHUNK
-    return ShardSpec(
-        seed=0,
-        chunk=CHUNK,
-        chunks=chunks,
-        storage="float32",
-        optimizer="rowwise_adagrad",
-        importance="frequency_x_norm",
-        tables=TABLES,
-        first_bucket=0,
-        end_bucket=BUCKETS,
-        sketch_sets=sets,
-        limit_bytes=budget,
-        eps=1e-8,
-        betas=(0.9, 0.999),
-        init_scale=0.01,
-        restore_scale=0.0,
-        decay=PolicyConfig().decay,
-        admission=PolicyConfig().admission,
-        levels=tuple(PolicyConfig().alpha ** chunk for chunk in range(chunks)),
-    )
+    data = DataConfig(categorical=tuple(f"c{table}" for table in range(TABLES)))
+    return ShardSpec.of(Config(data=data, embedding=EmbeddingConfig(dim=dim, chunk=CHUNK, eps=1e-8)), budget)
 
 
 def _seconds(call: Callable[..., object], *arguments: object) -> float:

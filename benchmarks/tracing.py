@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from settings import config_of
 from torch.profiler import ProfilerActivity
 
-from fiited_ray.config import Config, load
+from fiited_ray.config import Config
 from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import Batch, parquet_batches
-from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
 from fiited_ray.exchange import Solo
 from fiited_ray.train.loop import Worker, train
 from fiited_ray.train.plan import make_plan
@@ -49,12 +49,7 @@ def main(description: str | None) -> int:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        settings, path = ["train.workers=1"], arguments.config
-        if path is None:
-            path = Path(__file__).parent.parent / "jobs" / "configs" / "synthetic.yaml"
-            train_file, test_file = write_synthetic(Path(folder) / "data", SyntheticSpec(rows=arguments.rows))
-            settings += [f"data.train={train_file}", f"data.test={test_file}"]
-        config = load(path, [*settings, *arguments.overrides])
+        config = config_of(arguments.config, arguments.rows, folder, ["train.workers=1", *arguments.overrides])
         torch.set_num_threads(config.train.threads)
         print(trace(config, arguments.trace, arguments.warmup, arguments.steps))
     print(f"{arguments.trace}: open it at https://ui.perfetto.dev")

@@ -7,6 +7,7 @@ import time
 from typing import Any, Protocol
 
 import ray
+import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 
 from fiited_ray.config import PolicyConfig
@@ -31,6 +32,18 @@ class LocalDecider:
 
     def decide(self, number: int, report: ShardReport, state: RoundState) -> Decision | None:
         return decide([report], state, self.policy)
+
+
+class GroupDecider:
+    """Decides in every worker alike, without an actor: all of the process group gather all reports. For benchmarks and tests."""
+
+    def __init__(self, policy: PolicyConfig) -> None:
+        self.policy = policy
+
+    def decide(self, number: int, report: ShardReport, state: RoundState) -> Decision | None:
+        reports: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(reports, report)
+        return decide(reports, state, self.policy)
 
 
 class _Round:

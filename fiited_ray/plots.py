@@ -12,7 +12,7 @@ from fiited_ray.policy.histogram import bin_edges
 
 MIB = 2**20
 # Okabe and Ito's palette, told apart with any colour vision
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999"
+BLUE, ORANGE, GREEN, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#999999"
 _GROUP = 8  # bins drawn as one, a quarter of an octave
 _PARTS = {"payload": BLUE, "optimizer": SKY, "index": ORANGE, "sketch": GREEN, "slack": GREY}
 

@@ -1,5 +1,5 @@
 // Memory for large results, kept for the next one of its size: fresh pages cost more to get from the system than the results to
-// write. Blocks of 2 MiB and more ask for huge pages.
+// write. Blocks are whole huge pages.
 #pragma once
 
 #include <sys/mman.h>

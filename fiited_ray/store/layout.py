@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fiited_ray.config import Config, ConfigError
+from fiited_ray.policy import levels_of
 
 BUCKETS = 1024
 _SET_BYTES = 64  # one set of the sketch
@@ -69,7 +70,7 @@ class ShardSpec:
             restore_scale=embedding.restore_scale,
             decay=policy.decay,
             admission=policy.admission,
-            levels=tuple(policy.alpha**chunk for chunk in range(chunks)),
+            levels=levels_of(policy.alpha, chunks),
         )
 
     @property

@@ -263,9 +263,6 @@ class ReferenceShard:
             out[table, row.width - 1] += 1
         return out
 
-    def true_importance(self, key: int, table: int) -> float:
-        return float(self.rows[key, table].importance / self._scale)
-
     @staticmethod
     def _ids(keys: Tensor, tables: Tensor, counts: Tensor) -> list[tuple[int, int, int]]:
         return [(key & _MASK, table, count) for key, table, count in zip(keys.tolist(), tables.tolist(), counts.tolist(), strict=True)]

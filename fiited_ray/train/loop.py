@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
@@ -301,9 +300,3 @@ def _summed(worker: Worker, rows: Any) -> Any:
 def _log(worker: Worker, values: Mapping[str, float]) -> None:
     if worker.writer is not None:
         worker.writer.metrics(worker.step, values)
-
-
-def barrier() -> None:
-    """Wait for all workers, where there are several."""
-    if dist.is_initialized():
-        dist.barrier()

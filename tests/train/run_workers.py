@@ -11,22 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fiited_ray.config import Config
+from fiited_ray.coordinator import GroupDecider
 from fiited_ray.data import check_files, parquet_batches
 from fiited_ray.exchange import make_exchange
-from fiited_ray.policy import Decision, RoundState, ShardReport, decide
 from fiited_ray.train.loop import Worker, train
-
-
-class GroupDecider:
-    """Every worker gathers all reports and decides for itself: the same pure function, the same answer."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def decide(self, number: int, report: ShardReport, state: RoundState) -> Decision | None:
-        reports: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, report)
-        return decide(reports, state, self.config.policy)
 
 
 def run(config: Config, budget_bytes: int | None, workers: int) -> list[dict[str, Any]]:
@@ -39,7 +27,7 @@ def run(config: Config, budget_bytes: int | None, workers: int) -> list[dict[str
 def _work(rank: int, config: Config, budget_bytes: int | None, workers: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=workers)
-    worker = Worker(config, budget_bytes, make_exchange(), GroupDecider(config))
+    worker = Worker(config, budget_bytes, make_exchange(), GroupDecider(config.policy))
     files = check_files(config.data.train, config.data)
     size = config.train.batch_size
     totals: list[int] = []
