@@ -284,6 +284,9 @@ class Config:
     data: DataConfig
     name: str = "run"
     seed: int = 0
+    # what the budget is spent on: `fiited` widths by chunk; `adaembed` whole rows by frequency x gradient norm; `frequency` whole rows by
+    # number of lookups (both instead of embedding.chunk and policy.importance); `full` every id at full width, without a budget
+    method: Literal["fiited", "adaembed", "frequency", "full"] = "fiited"
     budget: Budget = Budget(share=1 / 16)
     output: str = "runs"  # the saved model goes to OUTPUT/NAME
     embedding: EmbeddingConfig = EmbeddingConfig()

@@ -418,6 +418,7 @@ def full_config() -> Config:
         ),
         name="all-set",
         seed=7,
+        method="frequency",
         budget=Budget(bytes=64 * 2**20),
         output="elsewhere",
         embedding=EmbeddingConfig(64, 16, "sum", "adam", 0.1, 1e-8, (0.8, 0.99), "bfloat16", 0.02, 0.001),

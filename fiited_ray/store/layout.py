@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fiited_ray.config import Config, ConfigError
+from fiited_ray.methods import chunk_of, importance_of
 from fiited_ray.policy import levels_of
 
 BUCKETS = 1024
@@ -51,14 +52,15 @@ class ShardSpec:
         limit = None if budget_bytes is None else budget_bytes * (end - first) // BUCKETS
         if policy.max_shard_bytes is not None:
             limit = policy.max_shard_bytes if limit is None else min(limit, policy.max_shard_bytes)
-        chunks = embedding.dim // embedding.chunk
+        chunk = chunk_of(config)
+        chunks = embedding.dim // chunk
         return ShardSpec(
             seed=config.seed,
-            chunk=embedding.chunk,
+            chunk=chunk,
             chunks=chunks,
             storage=embedding.dtype,
             optimizer=embedding.optimizer,
-            importance=policy.importance,
+            importance=importance_of(config),
             tables=len(config.data.tables),
             first_bucket=first,
             end_bucket=end,

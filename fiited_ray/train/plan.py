@@ -54,7 +54,9 @@ def make_plan(config: Config) -> Plan:
     from fiited_ray.store.layout import ShardSpec, check_budget
 
     budget, distinct, dense_equivalent = config.budget.bytes, None, None
-    if config.budget.share is not None:
+    if config.method == "full":
+        budget = None
+    elif config.budget.share is not None:
         from fiited_ray.data.statistics import count_distinct
 
         print("counting distinct ids ...", flush=True)
