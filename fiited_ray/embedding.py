@@ -126,6 +126,7 @@ class ShardedEmbedding(nn.Module):
         self.times = times or PhaseTimes()
         self.step = 0  # training batches seen
         self.totals: StepTotals | None = None  # of the last training batch
+        self.admits = True  # whether ids without a row may get one
         self._peak_bytes = 0
         self._full_row_bytes = shard.spec.plan()[1][-1]
         self._anchor = torch.zeros((), requires_grad=True)  # gives autograd a reason to call the backward
@@ -183,6 +184,7 @@ class ShardedEmbedding(nn.Module):
 
     def _read(self, batch: Batch, route: Route) -> tuple[Tensor, _Reading]:
         quota = self._open_step(route) if self.training else 0
+        quota = quota if self.admits else 0
         found = self.shard.lookup(route.keys, route.tables, route.counts, training=self.training, step=self.step, quota=quota)
         spec = self.shard.spec
         bags = ops.Bags(route.inverse, batch.offsets, batch.weights, len(self._tables), self.mean, spec.chunk, spec.chunks)
