@@ -131,7 +131,8 @@ def _work(setup: dict[str, Any]) -> None:
     torch.set_num_threads(config.train.threads)
     writer = tracking.RunWriter(setup["run"]) if rank == 0 else None
     tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
-    worker = Worker(config, plan.budget_bytes, make_exchange(), RemoteDecider(setup["coordinator"], rank), writer, tell)
+    decider = RemoteDecider(setup["coordinator"], rank)
+    worker = Worker(config, plan.budget_bytes, make_exchange(), decider, writer, tell, distinct_ids=plan.distinct_ids)
 
     restore_last(worker, setup["lineage"], plan.files)
 
