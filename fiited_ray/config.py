@@ -267,6 +267,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints, from which a run goes on after a failure or when it is submitted again."""
+
+    every: int | None = 1000  # steps; none: only the finished model is saved
+    incremental: int = 0  # between two whole checkpoints, so many hold only the rows that changed since the one before
+    keep: int = 2  # newest checkpoints that can be resumed from; what they build on is kept, too
+    # auto: an unfinished run of this output and name goes on, a finished one starts anew; always: a finished one goes on, too; never
+    resume: Literal["auto", "always", "never"] = "auto"
+    restarts: int = 3  # times that workers which failed are started again, from the last checkpoint
+    staging_bytes: int = 256 * 2**20  # of each worker: copies of rows on their way to the disk; training waits when they are full
+
+    def __post_init__(self) -> None:
+        _require(self.every is None or self.every > 0, "checkpoint.every must be above 0, or none", self.every)
+        _require(0 <= self.incremental < 1000, "checkpoint.incremental must be in [0, 1000)", self.incremental)
+        _require(self.keep > 0, "checkpoint.keep must be above 0", self.keep)
+        _require(self.restarts >= 0, "checkpoint.restarts must not be negative", self.restarts)
+        _require(self.staging_bytes >= 2**20, "checkpoint.staging_bytes: at least 1 MiB", self.staging_bytes)
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """Where the run is written."""
 
@@ -296,11 +316,12 @@ class Config:
     # of a quotient's and a remainder's row; `uniform` one smaller dimension for all rows; `full` every id at full width, no budget
     method: Literal["fiited", "adaembed", "frequency", "hash", "qr", "uniform", "full"] = "fiited"
     budget: Budget = Budget(share=1 / 16)
-    output: str = "runs"  # the saved model goes to OUTPUT/NAME
+    output: str = "runs"  # checkpoints and the model go to OUTPUT/NAME; a folder, or an address such as s3://bucket/runs
     embedding: EmbeddingConfig = EmbeddingConfig()
     policy: PolicyConfig = PolicyConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:

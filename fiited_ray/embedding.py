@@ -182,6 +182,15 @@ class ShardedEmbedding(nn.Module):
         peak, self._peak_bytes = self._peak_bytes, 0
         return peak
 
+    def peak(self) -> int:
+        """Most bytes this worker's shard has taken since `take_peak`, which goes on from there."""
+        self.note_peak(self.shard.stats().peak)
+        return self._peak_bytes
+
+    def note_peak(self, peak_bytes: int) -> None:
+        """Count bytes that were taken at some time since `take_peak`."""
+        self._peak_bytes = max(self._peak_bytes, peak_bytes)
+
     def _read(self, batch: Batch, route: Route) -> tuple[Tensor, _Reading]:
         quota = self._open_step(route) if self.training else 0
         quota = quota if self.admits else 0

@@ -74,6 +74,26 @@ def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
     return ref
 
 
+def open_run(config: Config, tags: Mapping[str, str], run_id: str | None) -> RunRef:
+    """Go on writing to a run that an earlier job began; make a new one where there is none, or not in this store.
+
+    Raises:
+        ConfigError: when the tracking store cannot be reached.
+    """
+    uri = absolute_uri(config.tracking.uri)
+    if run_id is not None:
+        check_address(uri)
+        with _redacting(uri, ConfigError):
+            client = MlflowClient(uri)
+            try:
+                run = client.get_run(run_id)
+            except MlflowException:
+                return create_run(config, tags)
+            client.update_run(run_id, status="RUNNING")
+        return RunRef(uri, str(run.info.experiment_id), run_id)
+    return create_run(config, tags)
+
+
 def describe(ref: RunRef, text: str) -> None:
     """Show a text, in Markdown, as the run's description on its page."""
     with _redacting(ref.uri):

@@ -5,36 +5,31 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
+from fiited_ray.checkpoint import CheckpointError, load_model
 from fiited_ray.config import ConfigError
-from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import DataError, check_files, parquet_batches
-from fiited_ray.exchange import Solo
-from fiited_ray.train import checkpoint
-from fiited_ray.train.loop import Worker, evaluate
+from fiited_ray.train.metrics import BinaryMetrics
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a saved model, as jobs/train.py names it at its end")
+    parser.add_argument("--model", required=True, help="folder or address of a saved model, as jobs/train.py names it at its end")
     parser.add_argument("--data", nargs="*", default=[], help="Parquet files; the configured test files if left out")
     arguments = parser.parse_args()
     try:
-        model = checkpoint.open_model(arguments.model)
-        config = model.config
-        patterns = tuple(arguments.data) or config.data.test
-        data = dataclasses.replace(config.data, time=None)  # the order does not matter to a score
+        model = load_model(arguments.model)
+        patterns = tuple(arguments.data) or model.config.data.test
+        data = dataclasses.replace(model.config.data, time=None)  # the order does not matter to a score
         files = check_files(patterns, data, "--data")
-        worker = Worker(config, None, Solo(), LocalDecider(config.policy))
-        checkpoint.restore(model, worker.shard)
-        checkpoint.load_dense(model, worker.dense)
-        scores = evaluate(worker, parquet_batches(files, data, 4 * config.train.batch_size))
-    except (ConfigError, DataError, checkpoint.CheckpointError) as error:
+        metrics = BinaryMetrics()
+        for batch in parquet_batches(files, data, 4 * model.config.train.batch_size):
+            metrics.update(model.logits(batch), batch.labels)
+        scores = metrics.compute()
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = worker.shard.stats().rows
-    print(f"model {arguments.model}: {rows:,} rows, trained for {model.step:,} steps")
+    print(f"model {arguments.model}: {model.rows:,} rows, trained for {model.step:,} steps")
     print(
         f"{scores['rows']:,.0f} rows{' of synthetic data' if files.synthetic else ''}: AUC {scores['auc']:.4f}, NE {scores['ne']:.4f}, "
         f"log loss {scores['logloss']:.4f}, calibration {scores['calibration']:.3f}"

@@ -2,7 +2,7 @@
 // last row, so a pool has no holes: no free lists, no compaction, and free space in the last granule only. Growing takes a
 // granule and copies nothing; the last one is given back when it empties.
 //
-// Row:  key 8 | importance 4 | table 2 | spare 2 | vector width*chunk*value_bytes, padded to 4 | optimizer state
+// Row:  key 8 | importance 4 | table 2 | mark 2 | vector width*chunk*value_bytes, padded to 4 | optimizer state
 #pragma once
 
 #include <algorithm>
@@ -20,11 +20,13 @@ namespace fiited {
 
 enum class Optimizer : int { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2, kAdam = 3 };
 
+enum class Mark : uint16_t { kSaved = 0, kChanged = 1, kPlaced = 2 };  // since the last save; kPlaced: by a load that is not over
+
 struct __attribute__((packed, aligned(4))) RowHeader {
   uint64_t key;
   float importance;  // scaled: true importance times the shard's present scale
   uint16_t table;
-  uint16_t spare;
+  Mark mark;
 };
 static_assert(sizeof(RowHeader) == 16, "The header is counted as 16 bytes of metadata.");
 
@@ -104,6 +106,18 @@ class Pools {
     --pool.count;
     regions_[width - 1]->shrink(size_t{pool.count} * pool.stride);
     return last == address ? kAbsent : last;
+  }
+
+  // Makes `rows` rows of this width, contents undefined; false when there is no memory. The pool must be empty.
+  bool reserve(int width, int64_t rows) {
+    Pool& pool = pools_[width - 1];
+    if (rows > position_mask()) return false;
+    while (static_cast<size_t>(rows) * pool.stride > regions_[width - 1]->taken()) {
+      if (!regions_[width - 1]->grow()) return false;
+    }
+    pool.count = static_cast<uint32_t>(rows);
+    for (int64_t at = 0; at < rows; ++at) header(address_of(width, static_cast<uint32_t>(at))) = RowHeader{};
+    return true;
   }
 
   uint32_t count(int width) const { return pools_[width - 1].count; }

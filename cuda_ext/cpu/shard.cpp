@@ -20,7 +20,7 @@ constexpr int kLowerAt = 16;          // octaves of decay after which all import
 constexpr uint64_t kAllKeys = 1ull << 32;
 
 int64_t counter_bytes(const ShardConfig& config) {
-  return static_cast<int64_t>(sizeof(DistinctCounter)) + int64_t{8} * config.tables * config.chunks;
+  return int64_t{DistinctCounter::kPerBucket} * config.buckets() + int64_t{8} * config.tables * config.chunks;
 }
 
 int64_t sketch_bytes(const ShardConfig& config) { return Sketch::kSetBytes * config.sketch_sets * config.buckets(); }
@@ -35,6 +35,7 @@ class ShardOf final : public Shard {
         pools_(memory_, layout_, config.granule()),
         cells_(static_cast<uint16_t*>(memory_.take(sketch_bytes(config)))),
         sketch_(cells_, config.first_bucket, config.sketch_sets),
+        distinct_(config.first_bucket, config.buckets()),
         rows_by_(static_cast<size_t>(config.tables) * config.chunks, 0) {
     if (cells_ == nullptr) throw std::runtime_error("no memory for the sketch of " + std::to_string(sketch_bytes(config)) + " bytes");
     for (int table = 0; table < config.tables; ++table) salts_.push_back(table_salt(config.seed, table));
@@ -242,26 +243,150 @@ class ShardOf final : public Shard {
     return rows;
   }
 
-  void import_rows(const ExportedRows& rows) override {
-    const float* values = rows.values.data();
-    const float* state = rows.state.data();
-    for (size_t i = 0; i < rows.raw_ids.size(); ++i) {
+  std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) override {
+    std::vector<uint16_t> range_of(kBuckets, 0);
+    for (size_t range = 0; range < ends.size(); ++range) {
+      for (uint32_t bucket = range ? ends[range - 1] : 0; bucket < ends[range]; ++bucket) range_of[bucket] = static_cast<uint16_t>(range);
+    }
+    const auto each = [&](auto&& visit) {
+      for (int width = 1; width <= layout_.chunks; ++width) {
+        for (uint32_t at = 0; at < pools_.count(width); ++at) {
+          const uint32_t address = pools_.address_of(width, at);
+          RowHeader& header = pools_.header(address);
+          if (all || header.mark != Mark::kSaved) visit(address, header);
+        }
+      }
+    };
+    counts.assign(ends.size(), 0);
+    each([&](uint32_t, const RowHeader& header) { ++counts[range_of[bucket_of(header.key)]]; });
+    std::vector<int64_t> next(ends.size(), 0);
+    std::partial_sum(counts.begin(), counts.end() - 1, next.begin() + 1);
+    std::vector<uint32_t> addresses(static_cast<size_t>(next.back() + counts.back()));
+    each([&](uint32_t address, RowHeader& header) {
+      addresses[next[range_of[bucket_of(header.key)]]++] = address;
+      header.mark = Mark::kSaved;
+    });
+    return addresses;
+  }
+
+  void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const override {
+    for (int64_t i = 0; i < n; ++i) {
+      if (!pools_.holds(addresses[i])) throw std::runtime_error("take: no row stands at address " + std::to_string(addresses[i]));
+      widths[i] = static_cast<uint8_t>(pools_.width(addresses[i]));
+    }
+  }
+
+  void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const override {
+    const std::vector<Place> starts = starts_of(n, out.widths);
+    for_each_range(n, kKeysPerTask, [&](int64_t begin, int64_t end) {
+      Place to = starts[begin / kKeysPerTask];
+      for (int64_t i = begin; i < end; ++i) {
+        if (i + kInFlight < end) pools_.prefetch_row(addresses[i + kInFlight]);
+        const std::byte* row = pools_.row(addresses[i]);
+        const auto& header = *reinterpret_cast<const RowHeader*>(row);
+        const int width = out.widths[i];
+        out.raw_ids[i] = static_cast<int64_t>(raw_id_of(header.key, salts_[header.table]));
+        out.tables[i] = header.table;
+        out.importance[i] = header.importance;
+        std::memcpy(static_cast<std::byte*>(out.values) + to.value, row + sizeof(RowHeader), layout_.vector_bytes(width));
+        std::memcpy(reinterpret_cast<std::byte*>(out.state) + to.state, row + layout_.state_offset(width), layout_.state_bytes(width));
+        to.value += layout_.vector_bytes(width);
+        to.state += layout_.state_bytes(width);
+      }
+    });
+  }
+
+  ShardState state() const override {
+    return {step_, lowered_, sketch_.base(), lookups_, hits_, admitted_, refused_, resized_, evicted_, admitted_bytes_, asked_bytes_};
+  }
+
+  uint16_t* sketch_cells() override { return cells_; }
+  uint8_t* distinct_registers() override { return distinct_.registers().data(); }
+
+  void restore(const ShardState& state, double threshold) override {
+    require_no_rows("restore");
+    lowered_ = state.lowered;
+    sketch_.set_base(static_cast<int>(state.base));
+    threshold_ = threshold;
+    advance(state.step);
+    set_cuts();
+    lookups_ = state.lookups;
+    hits_ = state.hits;
+    admitted_ = state.admitted;
+    refused_ = state.refused;
+    resized_ = state.resized;
+    evicted_ = state.evicted;
+    admitted_bytes_ = state.admitted_bytes;
+    asked_bytes_ = state.asked_bytes;
+  }
+
+  void reserve(const std::vector<int64_t>& rows_by_width) override {
+    require_no_rows("reserve");
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      const int64_t rows = rows_by_width[width - 1];
+      if (rows < 0 || !pools_.reserve(width, rows)) {
+        throw std::runtime_error("reserve: there is no memory for " + std::to_string(rows) + " rows of width " + std::to_string(width));
+      }
+    }
+  }
+
+  void put(int64_t n, const HeldRows& rows, const uint32_t* addresses) override {
+    const auto* values = static_cast<const typename Store::Bits*>(rows.values);
+    const float* state = rows.state;
+    for (int64_t i = 0; i < n; ++i) {
       const int width = rows.widths[i];
+      const int size = width * layout_.chunk;
       const auto table = static_cast<uint16_t>(rows.tables[i]);
       const uint64_t key = key_of(static_cast<uint64_t>(rows.raw_ids[i]), salts_[table]);
-      const std::string name =
-          "import: row " + std::to_string(i) + " (table " + std::to_string(table) + ", id " + std::to_string(rows.raw_ids[i]) + ")";
+      const auto fail = [&](const std::string& what) {
+        throw std::runtime_error("row " + std::to_string(i) + " (table " + std::to_string(table) + ", id " +
+                                 std::to_string(rows.raw_ids[i]) + ") " + what);
+      };
       const uint32_t bucket = bucket_of(key);
-      if (bucket < config_.first_bucket || bucket >= config_.end_bucket) throw std::runtime_error(name + " belongs to another shard");
-      if (find(key, table) != kAbsent) throw std::runtime_error(name + " is already in the store");
-      const uint32_t address = admit(key, table, width, rows.importance[i] * scale_);
-      if (address == kAbsent) throw std::runtime_error(name + " does not fit into the limit of " + std::to_string(limit_) + " bytes");
+      if (bucket < config_.first_bucket || bucket >= config_.end_bucket) fail("belongs to another shard");
+      for (int dim = 0; dim < size; ++dim) {
+        if (!std::isfinite(Store::to_float(values[dim]))) fail("has a value that is not finite");
+      }
+      for (int at = 0; at < layout_.state_bytes(width) / 4; ++at) {
+        if (std::isnan(state[at])) fail("has NaN in its optimizer state");
+      }
+      if (find(key, table) != kAbsent) fail("is already in the store");
+      uint32_t address;
+      if (addresses != nullptr) {
+        address = addresses[i];
+        if (!pools_.holds(address) || pools_.width(address) != width) fail("has an address that is none of its width");
+        if (pools_.header(address).mark == Mark::kPlaced) fail("has the address of another row");
+      } else {
+        address = planned_ + row_bytes_[width] <= limit_ ? pools_.append(width) : kAbsent;
+        if (address == kAbsent) fail("does not fit into the limit of " + std::to_string(limit_) + " bytes");
+      }
+      pools_.header(address) = RowHeader{key, rows.importance[i], table, Mark::kPlaced};
+      if (!index_.insert(key, address, key_at())) fail("finds no memory for its index entry");
       std::byte* row = pools_.row(address);
-      auto* vector = reinterpret_cast<typename Store::Bits*>(row + sizeof(RowHeader));
-      for (int dim = 0; dim < width * layout_.chunk; ++dim) vector[dim] = Store::from_float(values[dim], 0);
+      std::memcpy(row + sizeof(RowHeader), values, layout_.vector_bytes(width));
       std::memcpy(row + layout_.state_offset(width), state, layout_.state_bytes(width));
-      values += width * layout_.chunk;
+      ++rows_by_[table * layout_.chunks + width - 1];
+      planned_ += row_bytes_[width];
+      values += size;
       state += layout_.state_bytes(width) / 4;
+    }
+  }
+
+  void put_bucket(uint32_t bucket, const uint16_t* cells, int base, const uint8_t* registers) override {
+    sketch_.put_bucket(bucket, cells, base);
+    std::copy(registers, registers + DistinctCounter::kPerBucket,
+              distinct_.registers().data() + size_t{DistinctCounter::kPerBucket} * (bucket - config_.first_bucket));
+  }
+
+  void seal() override {
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      for (uint32_t at = 0; at < pools_.count(width); ++at) {
+        RowHeader& header = pools_.header(pools_.address_of(width, at));
+        if (header.mark != Mark::kPlaced) {
+          throw std::runtime_error("row " + std::to_string(at) + " of width " + std::to_string(width) + " never came");
+        }
+        header.mark = Mark::kSaved;
+      }
     }
   }
 
@@ -288,6 +413,27 @@ class ShardOf final : public Shard {
   }
 
  private:
+  struct Place {  // in bytes, of a row's vector and state among those of other rows
+    int64_t value, state;
+  };
+  // Of every kKeysPerTask-th row.
+  std::vector<Place> starts_of(int64_t n, const uint8_t* widths) const {
+    std::vector<Place> starts;
+    Place at{0, 0};
+    for (int64_t i = 0; i < n; ++i) {
+      if (i % kKeysPerTask == 0) starts.push_back(at);
+      at.value += layout_.vector_bytes(widths[i]);
+      at.state += layout_.state_bytes(widths[i]);
+    }
+    return starts;
+  }
+
+  void require_no_rows(const char* what) const {
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      if (pools_.count(width)) throw std::runtime_error(std::string(what) + ": there are rows in the store already");
+    }
+  }
+
   struct KeyAt {
     const Pools* pools;
     uint64_t operator()(uint32_t address) const { return pools->header(address).key; }
@@ -360,7 +506,7 @@ class ShardOf final : public Shard {
       return kAbsent;
     }
     std::byte* row = pools_.row(address);
-    pools_.header(address) = RowHeader{key, scaled_importance, table, 0};
+    pools_.header(address) = RowHeader{key, scaled_importance, table, Mark::kChanged};
     if (!index_.insert(key, address, key_at())) {
       pools_.remove(address);
       ++refused_;
@@ -377,7 +523,9 @@ class ShardOf final : public Shard {
 
   void drop(uint32_t address) {  // the index no longer leads here
     const uint32_t moved = pools_.remove(address);
-    if (moved != kAbsent) index_.move(pools_.header(address).key, moved, address);
+    if (moved == kAbsent) return;
+    index_.move(pools_.header(address).key, moved, address);
+    pools_.header(address).mark = Mark::kChanged;  // it stands elsewhere now
   }
 
   void evict(uint32_t address) {
@@ -404,6 +552,7 @@ class ShardOf final : public Shard {
     std::byte* target = pools_.row(to);
     const RowHeader header = pools_.header(from);
     std::memcpy(target, source, sizeof(RowHeader) + layout_.vector_bytes(kept));
+    pools_.header(to).mark = Mark::kChanged;
     initialise(target, width, kept * layout_.chunk, header.key, header.table, config_.restore_scale);
     copy_state(source + layout_.state_offset(old), old, target + layout_.state_offset(width), width);
     index_.move(header.key, from, to);
@@ -491,7 +640,9 @@ class ShardOf final : public Shard {
           continue;
         }
         std::byte* row = pools_.row(address);
-        reinterpret_cast<RowHeader*>(row)->importance += gain;
+        auto* const header = reinterpret_cast<RowHeader*>(row);
+        header->importance += gain;
+        header->mark = Mark::kChanged;
         apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live_squares, key, constants);
       }
     });
@@ -539,12 +690,17 @@ class ShardOf final : public Shard {
 
   // Decay without touching rows: new weight is added times a growing scale, and everything is scaled down now and then.
   void advance(int64_t step) {
+    step_ = step;
     double octaves = static_cast<double>(step) * -std::log2(config_.decay) - lowered_;
     if (octaves > kLowerAt) {
       const int by = static_cast<int>(octaves);
       const float factor = std::ldexp(1.0f, -by);
       for (int width = 1; width <= layout_.chunks; ++width) {
-        for (uint32_t at = 0; at < pools_.count(width); ++at) pools_.header(pools_.address_of(width, at)).importance *= factor;
+        for (uint32_t at = 0; at < pools_.count(width); ++at) {
+          RowHeader& header = pools_.header(pools_.address_of(width, at));
+          header.importance *= factor;
+          header.mark = Mark::kChanged;
+        }
       }
       sketch_.lower(by);
       lowered_ += by;
@@ -581,6 +737,7 @@ class ShardOf final : public Shard {
   int64_t planned_ = 0;
   float scale_ = 1;
   float unscale_ = 1;
+  int64_t step_ = 0;
   int64_t lowered_ = 0;
   int64_t lookups_ = 0, hits_ = 0;
   int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0, asked_bytes_ = 0;

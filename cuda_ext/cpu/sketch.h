@@ -63,6 +63,16 @@ class Sketch {
   // Multiplies every estimate by 2^-octaves.
   void lower(int octaves) { base_ -= kPerOctave * octaves; }
 
+  int base() const { return base_; }
+  void set_base(int base) { base_ = base; }
+
+  // Takes over the sets of a bucket from a sketch whose levels begin at `base`.
+  void put_bucket(uint32_t bucket, const uint16_t* cells, int base) {
+    const size_t entries = size_t{sets_per_bucket_} * kEntries;
+    uint16_t* own = cells_ + size_t{bucket - first_bucket_} * entries;
+    for (size_t at = 0; at < entries; ++at) own[at] = relevelled(cells[at], base_ - base);
+  }
+
   // Moves the range of the levels so that it ends just above `importance`; what falls below it is forgotten.
   void aim(float importance, uint32_t buckets) {
     const int base = level_below(importance) - (kHighest - 2);
@@ -70,11 +80,7 @@ class Sketch {
     if (by == 0) return;
     base_ = base;
     const size_t entries = size_t{buckets} * sets_per_bucket_ * kEntries;
-    for (size_t at = 0; at < entries; ++at) {
-      const int level = code_of(cells_[at]);
-      const int moved = level == 0 ? 0 : std::min(level - by, kHighest);
-      cells_[at] = moved > 0 ? static_cast<uint16_t>((cells_[at] & ~kHighest) | moved) : 0;
-    }
+    for (size_t at = 0; at < entries; ++at) cells_[at] = relevelled(cells_[at], by);
   }
 
  private:
@@ -90,6 +96,13 @@ class Sketch {
   uint16_t* set_of(uint64_t key) const {
     const uint32_t set = reduce_range(static_cast<uint32_t>(key), sets_per_bucket_);
     return cells_ + (size_t{bucket_of(key) - first_bucket_} * sets_per_bucket_ + set) * kEntries;
+  }
+
+  // An entry whose level is counted from a base that is `by` higher.
+  static uint16_t relevelled(uint16_t entry, int by) {
+    const int level = code_of(entry);
+    const int moved = level == 0 ? 0 : std::min(level - by, kHighest);
+    return moved > 0 ? static_cast<uint16_t>((entry & ~kHighest) | moved) : 0;
   }
 
   static int code_of(uint16_t entry) { return entry & kHighest; }

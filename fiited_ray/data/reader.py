@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -37,6 +38,7 @@ def parquet_batches(
     rank: int = 0,
     workers: int = 1,
     max_rows: int | None = None,
+    first_step: int = 0,
     prefetch: bool = True,
 ) -> Iterator[Batch]:
     """Read files directly with Arrow in a thread of its own; row groups that hold no row of this worker's are left out.
@@ -45,13 +47,14 @@ def parquet_batches(
 
     Args:
         batch_size: rows of a global batch; this worker gets its slice.
+        first_step: number of the first global batch wanted; row groups before it are not read.
 
     Raises:
         DataError: for bad data, naming file, column and row.
     """
     total = files.total_rows if max_rows is None else min(max_rows, files.total_rows)
-    share = _Share(batch_size, total, rank, workers)
-    batches = _collated(_slices(files, config, share), Collator(config), batch_size, files.locate)
+    share = _Share(batch_size, total, rank, workers, first_step)
+    batches = _collated(_slices(files, config, share), Collator(config), batch_size, files.locate, first_step)
     return ahead(batches, _PREFETCH, "batches") if prefetch else batches
 
 
@@ -66,7 +69,9 @@ def ray_dataset(files: Files, config: DataConfig, max_rows: int | None = None) -
     return dataset if max_rows is None else dataset.limit(max_rows)
 
 
-def ray_batches(shard: ray.data.DataIterator, config: DataConfig, batch_size: int, rank: int, workers: int) -> Iterator[Batch]:
+def ray_batches(
+    shard: ray.data.DataIterator, config: DataConfig, batch_size: int, rank: int, workers: int, first_step: int = 0
+) -> Iterator[Batch]:
     """A worker's batches from its Ray Data iterator, which must deliver the whole data set in order (see `data_config`).
 
     Every worker runs the whole data set's reading and cuts its slice out of each global batch before it is collated: exact order and
@@ -78,8 +83,8 @@ def ray_batches(shard: ray.data.DataIterator, config: DataConfig, batch_size: in
     """
     collate = Collator(config)
     tables = shard.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=_PREFETCH)
-    slices = (_slice(table, rank, workers) for table in _readable(tables))
-    return ahead(_collated(slices, collate, batch_size, lambda row: f"row {row} in reading order"), _PREFETCH, "batches")
+    slices = (_slice(table, rank, workers) for table in islice(_readable(tables), first_step, None))
+    return ahead(_collated(slices, collate, batch_size, lambda row: f"row {row} in reading order", first_step), _PREFETCH, "batches")
 
 
 def _readable(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -98,9 +103,11 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _collated(slices: Iterator[tuple[pa.Table, int]], collate: Collator, batch_size: int, locate: Callable[[int], str]) -> Iterator[Batch]:
+def _collated(
+    slices: Iterator[tuple[pa.Table, int]], collate: Collator, batch_size: int, locate: Callable[[int], str], first_step: int
+) -> Iterator[Batch]:
     """Batches of slices, each with its first row's position in the global batch; `locate` names a row of the data."""
-    for step, (table, begin) in enumerate(slices):
+    for step, (table, begin) in enumerate(slices, first_step):
         try:
             yield collate(table, f"global batch {step}")
         except DataError as error:
@@ -126,6 +133,7 @@ class _Share:
     total: int
     rank: int
     workers: int
+    first_step: int = 0
 
     @property
     def steps(self) -> int:
@@ -139,7 +147,7 @@ class _Share:
 
     def touches(self, begin: int, end: int) -> bool:
         """Whether any row from begin to end (exclusive) is this worker's."""
-        steps = range(begin // self.batch_size, min(self.steps, -(-end // self.batch_size)))
+        steps = range(max(self.first_step, begin // self.batch_size), min(self.steps, -(-end // self.batch_size)))
         return any(max(begin, first) < min(end, last) for first, last in map(self.of, steps))
 
 
@@ -148,7 +156,7 @@ def _slices(files: Files, config: DataConfig, share: _Share) -> Iterator[tuple[p
     columns = config.columns
     pieces = _pieces(files, config, columns, share)
     at, piece = 0, _empty(files, columns)
-    for step in range(share.steps):
+    for step in range(share.first_step, share.steps):
         begin, end = share.of(step)
         position, parts = begin, []
         while position < end:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fiited_ray.config import Config, ConfigError, EmbeddingConfig
 from fiited_ray.methods import chunk_of, chunks_of, fixes_rows, importance_of, store_tables
 from fiited_ray.policy import levels_of
+
+if TYPE_CHECKING:
+    import torch
 
 BUCKETS = 1024
 _SET_BYTES = 64  # one set of the sketch
@@ -18,6 +24,22 @@ _IMPORTANCE = ("frequency_x_norm", "norm", "lookup_norm_sum", "frequency")
 def bucket_range(rank: int, workers: int) -> tuple[int, int]:
     """Virtual buckets [first, end) of a worker: contiguous, and as even as 1024 buckets can be dealt."""
     return -(-rank * BUCKETS // workers), -(-(rank + 1) * BUCKETS // workers)
+
+
+def _mix64(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def buckets_of(raw_ids: np.ndarray, tables: np.ndarray, seed: int) -> np.ndarray:
+    """Virtual bucket of each id (int64 [N]) of a table (int32 [N]), as cuda_ext/core/hash.h has it: uint64 [N]."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        before = _mix64(np.uint64(seed % 2**64) + golden * (2 * tables.astype(np.uint64) + np.uint64(1)))
+        between = _mix64(before + golden)
+        keys: np.ndarray = _mix64(_mix64(raw_ids.view(np.uint64) ^ before) + between)
+    return keys >> np.uint64(54)
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,19 @@ class ShardSpec:
     def state_bytes(self, width: int) -> int:
         """Optimizer state of a row with `width` chunks."""
         return _state_bytes(self.optimizer, width * self.chunk)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored vectors."""
+        import torch
+
+        return getattr(torch, self.storage)
+
+    def state_sizes(self) -> torch.Tensor:
+        """int64 [k + 1]: optimizer values of a row by width."""
+        import torch
+
+        return torch.tensor([0, *(self.state_bytes(width) // 4 for width in range(1, self.chunks + 1))])
 
     def plan(self) -> tuple[int, tuple[int, ...]]:
         """(bytes the shard needs with no row, bytes of a row by width 0..k), as the planner counts them.

@@ -66,13 +66,13 @@ class ShardStats:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows outside the store. R rows, one behind the other in `values` and `state`, ordered by key."""
+    """Rows outside the store. R rows, one behind the other in `values` and `state`; from `export_rows` ordered by key."""
 
     raw_ids: Tensor  # int64 [R]
     tables: Tensor  # int32 [R]
     widths: Tensor  # uint8 [R]
-    importance: Tensor  # float32 [R]
-    values: Tensor  # float32 [sum of widths * c]
+    importance: Tensor  # float32 [R]; from `take` times the shard's present scale
+    values: Tensor  # float32 [sum of widths * c]; from `take` in the storage dtype
     state: Tensor  # float32: optimizer state, as many values per row as its width needs
 
     def tensors(self) -> dict[str, Tensor]:
@@ -207,13 +207,59 @@ class VhpiShard:
     def export_rows(self, first_bucket: int = 0, end_bucket: int = 1024) -> Rows:
         return Rows(*self._ops.store_export(self._handle, first_bucket, end_bucket))
 
-    def import_rows(self, rows: Rows) -> None:
-        """Add rows that are not in the store yet.
+    def changed(self, every: bool, ends: list[int]) -> tuple[Tensor, Tensor]:
+        """Where the rows stand that were written or moved since the last call, or all rows; they count as saved from now on.
+
+        Args:
+            ends: ends of the ranges of virtual buckets that the rows are told apart by; the last is the shard's end.
+
+        Returns:
+            int32 addresses, those of each range together, valid until the next update; and int64 [ranges], how many each has.
+        """
+        addresses, counts = self._ops.store_changed(self._handle, every, ends)
+        return addresses, counts
+
+    def take(self, addresses: Tensor) -> Rows:
+        """A copy of the rows at these addresses as they are held: scaled importance, vectors in the storage dtype."""
+        return Rows(*self._ops.store_take(self._handle, addresses))
+
+    def state(self) -> list[int]:
+        """The shard's clock, sketch level and counters, for `restore`."""
+        return self._ops.store_state(self._handle).tolist()
+
+    def sketch(self) -> tuple[Tensor, Tensor]:
+        """Copies of the sketch, int16 [buckets, sets * 32], and of the distinct counter, uint8 [buckets, 4]."""
+        cells, registers = self._ops.store_sketch(self._handle)
+        return cells, registers
+
+    def restore(self, state: list[int], threshold: float) -> None:
+        """First step of a load, into a shard without rows: what `state` gave, and the threshold then in force."""
+        self._ops.store_restore(self._handle, state, threshold)
+        self.threshold = threshold
+
+    def put_sketch(self, first_bucket: int, cells: Tensor, base: int, registers: Tensor) -> None:
+        """Load sketch and distinct counter of some buckets, from a sketch with this level."""
+        self._ops.store_put_sketch(self._handle, first_bucket, cells, base, registers)
+
+    def reserve(self, rows_by_width: list[int]) -> None:
+        """Make room for rows that come back to their old addresses."""
+        self._ops.store_reserve(self._handle, rows_by_width)
+
+    def put(self, rows: Rows, addresses: Tensor | None = None, placed: bool = False) -> None:
+        """Load rows that `take` gave: `placed` at the addresses they had, otherwise behind the others.
 
         Raises:
             RuntimeError: naming the row that is foreign, doubled, malformed or does not fit.
         """
-        self._ops.store_import(self._handle, *rows.tensors().values())
+        self._ops.store_put(self._handle, *rows.tensors().values(), addresses if placed else None)
+
+    def seal(self) -> None:
+        """Last step of a load.
+
+        Raises:
+            RuntimeError: when a row that there is room for did not come.
+        """
+        self._ops.store_seal(self._handle)
 
     def check(self) -> None:
         """Verify every invariant of the store; for tests and debugging, slow.

@@ -31,7 +31,7 @@ from fiited_ray.store import ShardSpec, VhpiShard
 from fiited_ray.train.metrics import BinaryMetrics
 from fiited_ray.train.report import History, StoreTotals
 
-Batches = Callable[[], Iterable[Batch]]  # opens the data anew
+Batches = Callable[[], Iterable[Batch]]  # opens the data, from the worker's position on where it is training data
 Item = TypeVar("Item")
 
 
@@ -39,6 +39,20 @@ class Writer(Protocol):
     """Where rank 0 sends its metrics."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+class Saver(Protocol):
+    """What takes checkpoints."""
+
+    def after_step(self) -> Mapping[str, float] | None: ...
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands in its data."""
+
+    epoch: int = 0
+    batch: int = 0  # global batches of the epoch that have been learned from
 
 
 @dataclass
@@ -83,7 +97,9 @@ class Worker:
         self.window_start = (time.perf_counter(), 0, 0)  # clock, samples, bytes sent
         self.samples = 0
         self.training_seconds = 0.0  # evaluation apart
-        self.last_totals: StoreTotals | None = None
+        self.last_totals: StoreTotals | None = None  # at this process's last report
+        self.last_lookups = (0, 0)  # and hits, at the last report
+        self.position = Position()
 
     @property
     def step(self) -> int:
@@ -96,10 +112,10 @@ class Worker:
         return self.exchange.bytes_sent + ahead_
 
 
-def train(worker: Worker, batches: Batches, test: Batches | None = None) -> dict[str, float]:
-    """Train for the configured epochs or steps; returns the final metrics, the same on every worker."""
+def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: Saver | None = None) -> dict[str, float]:
+    """Train for the configured epochs or steps, from the worker's position on; returns the final metrics, the same on every worker."""
     config = worker.config
-    for _ in range(config.train.epochs):
+    for epoch in range(worker.position.epoch, config.train.epochs):
         clock = time.perf_counter()
         with closing(_routed(worker, batches())) as routed:
             for batch, route in routed:
@@ -113,8 +129,12 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None) -> dict
                 if test and config.train.eval_every and worker.step % config.train.eval_every == 0:
                     _log(worker, {f"eval/{name}": value for name, value in evaluate(worker, test()).items()})
                 clock = time.perf_counter()
-        if worker.step == config.train.max_steps:
+                worker.position = Position(epoch, worker.position.batch + 1)
+                if saver and (values := saver.after_step()) is not None:
+                    _log(worker, values)
+        if config.train.max_steps is not None and worker.step >= config.train.max_steps:
             break
+        worker.position = Position(epoch + 1)
     results = (
         {f"progressive/{name}": value for name, value in _shared(worker, worker.progressive).items()} if config.train.progressive else {}
     )
@@ -161,8 +181,21 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
     worker.samples += route.rows
 
 
-def hold_round(worker: Worker) -> None:
-    """Report to the coordinator and resize by its decision; without one on every worker, the round is skipped."""
+def fit_budget(worker: Worker) -> None:
+    """Hold a round if rows that were loaded pass the budget or a worker's own ceiling: of more workers, or a smaller budget."""
+    ceiling, planned = worker.config.policy.max_shard_bytes, worker.shard.stats().planned
+    over = int(ceiling is not None and planned > ceiling)
+    total, over_ceiling = worker.exchange.all_reduce(torch.tensor([planned, over])).tolist()
+    if over_ceiling or (worker.budget_bytes is not None and total > worker.budget_bytes):
+        hold_round(worker, needed=True)
+
+
+def hold_round(worker: Worker, needed: bool = False) -> None:
+    """Report to the coordinator and resize by its decision; without one on every worker, the round is skipped.
+
+    Args:
+        needed: resize even where the decision would move too little to be worth it.
+    """
     shard = worker.shard
     stats = shard.stats()
     report_ = ShardReport(shard.histogram().numpy(), stats.fixed, stats.admitted_bytes, stats.refused, worker.config.policy.max_shard_bytes)
@@ -180,7 +213,7 @@ def hold_round(worker: Worker) -> None:
     worker.schedule.held(worker.step)
     if decision is None or int(agreed) < worker.exchange.workers:
         return
-    if not decision.skipped:
+    if needed or not decision.skipped:
         _resize(worker, decision)
     after = shard.stats()
     moved = worker.exchange.all_reduce(
@@ -235,14 +268,14 @@ def report(worker: Worker) -> dict[str, float]:
     values = {f"train/{name}": value for name, value in _shared(worker, worker.window).items() if name != "rows"}
     losses = worker.exchange.all_reduce(torch.tensor(worker.losses[worker.history.reported :], dtype=torch.float64))
     values["train/loss"] = float(losses.mean()) if len(losses) else float("nan")
-    values |= totals.metrics(worker.config, worker.budget_bytes, worker.last_totals)
+    values |= totals.metrics(worker.config, worker.budget_bytes, worker.last_lookups)
     values["wire/bytes_per_step"] = float(worker.exchange.all_reduce(torch.tensor([(sent - bytes_before) / steps]))[0])
     values |= {f"time/{phase}": seconds / steps for phase, seconds in worker.times.take().items()}
     values |= {f"ahead/{phase}": seconds / steps for phase, seconds in worker.times_ahead.take().items()}
     values["speed/samples_per_s"] = (worker.samples - samples) / max(1e-9, now - clock)
     worker.history.reported = len(worker.losses)
     worker.history.add(worker.step, values)
-    worker.last_totals = totals
+    worker.last_totals, worker.last_lookups = totals, (totals.lookups, totals.hits)
     worker.window_start = (now, worker.samples, sent)
     worker.window.reset()
     _log(worker, values)
@@ -259,7 +292,7 @@ def _routed(worker: Worker, batches: Iterable[Batch]) -> Generator[tuple[Batch, 
     A route does not touch the store, so that it is the same whenever it is made.
     """
     most = worker.config.train.max_steps
-    batches = islice(batches, None if most is None else most - worker.step)  # a route is a collective: all workers make as many
+    batches = islice(batches, None if most is None else max(0, most - worker.step))  # a route is a collective: all workers make as many
     if not worker.config.train.overlap:
         yield from _route_each(worker, batches, worker.times)
         return

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 _BINS = 1 << 15
 _RANGE = 32.0  # logits beyond +-32 share the outermost bins
 _SUMS = 4  # rows, positives, sum of losses, sum of predictions
+STATE_SIZE = _SUMS + 2 * _BINS
 
 
 class BinaryMetrics:
@@ -53,6 +54,10 @@ class BinaryMetrics:
     def state(self) -> Tensor:
         """float64 [65540]: add the states of all workers and give the sum to `from_state`."""
         return torch.cat([self._sums, self._histogram])
+
+    def load(self, state: Tensor) -> None:
+        """Go on from what `state` gave."""
+        self._sums, self._histogram = state[:_SUMS].clone(), state[_SUMS:].clone()
 
     def compute(self) -> dict[str, float]:
         return self.from_state(self.state())

@@ -66,7 +66,8 @@ def make_plan(config: Config) -> Plan:
     dense_equivalent = None if distinct is None else distinct * dense_row_bytes(config.embedding)
     check_address(absolute_uri(config.tracking.uri))
     try:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
+        if "://" not in config.output:
+            Path(config.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output: {config.output} cannot be made: {error.strerror}; name a folder that can be written") from None
     return Plan(config, files, test_files, budget, distinct, dense_equivalent)

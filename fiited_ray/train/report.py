@@ -41,12 +41,12 @@ class StoreTotals:
         distinct = distinct if distinct_ids is None else distinct_ids
         return StoreTotals(dict(zip(_PARTS, parts, strict=True)), peak, distinct, lookups, hits, by_width, shard.spec.chunk)
 
-    def metrics(self, config: Config, budget_bytes: int | None, before: StoreTotals | None) -> dict[str, float]:
+    def metrics(self, config: Config, budget_bytes: int | None, before: tuple[int, int]) -> dict[str, float]:
+        """Values by name; `before`: lookups and hits at the last report."""
         dense_equivalent = self.distinct * dense_row_bytes(config.embedding)
         widths = self.rows_by_width.sum(0)
         parameters = float((widths * np.arange(1, len(widths) + 1)).sum() * self.chunk)
-        lookups = self.lookups - (before.lookups if before else 0)
-        hits = self.hits - (before.hits if before else 0)
+        lookups, hits = self.lookups - before[0], self.hits - before[1]
         values = {f"bytes/{part}": float(size) for part, size in self.bytes.items()}
         values |= {
             "bytes/peak": float(self.peak_bytes),

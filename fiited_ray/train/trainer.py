@@ -5,31 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from fiited_ray import tracking
+from fiited_ray import checkpoint, tracking
 from fiited_ray.coordinator import RemoteDecider, start_coordinator
-from fiited_ray.data import Batch, parquet_batches, ray_batches, ray_dataset
+from fiited_ray.data import parquet_batches, ray_batches, ray_dataset
 from fiited_ray.data.files import Files
 from fiited_ray.data.reader import data_config
 from fiited_ray.exchange import make_exchange
 from fiited_ray.summary import summary
-from fiited_ray.train import checkpoint
-from fiited_ray.train.loop import Worker, train
+from fiited_ray.train.loop import Batches, Worker, fit_budget, train
 from fiited_ray.train.plan import Plan
 from fiited_ray.train.plots_of_run import log_plots
+from fiited_ray.train.resume import resume_point, storage_path
 
 _POLL_SECONDS = 1.0
 _LOST_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)", re.IGNORECASE)
@@ -40,7 +37,7 @@ class Outcome:
     """A finished run."""
 
     metrics: dict[str, float]
-    model_folder: Path
+    model_folder: str
     run: tracking.RunRef
 
 
@@ -58,9 +55,11 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         else:  # workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores
             cpus = max(os.cpu_count() or 1, workers + 2)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    run_ref = tracking.create_run(
-        config, {"synthetic_data": str(plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic))}
-    )
+    synthetic = plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic)
+    before = resume_point(config, plan.files)
+    run_ref = tracking.open_run(config, {"synthetic_data": str(synthetic)}, before.run if before else None)
+    if before:
+        progress(f"goes on from {before.folder.path}, step {before.step:,}")
     coordinator = start_coordinator(config.policy, workers)
     datasets: dict[str, Any] = {}
     if config.data.reader == "ray":
@@ -69,11 +68,16 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
             datasets["test"] = ray_dataset(plan.test_files, config.data)
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"plan": plan, "run": run_ref, "coordinator": coordinator},
+        train_loop_config={"plan": plan, "run": run_ref, "coordinator": coordinator, "lineage": before.run if before else run_ref.run_id},
         scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
         datasets=datasets,
         dataset_config=data_config(),
-        run_config=ray.train.RunConfig(name=config.name, storage_path=str(Path(config.output).resolve())),
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=storage_path(config),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep + config.checkpoint.incremental),
+            failure_config=ray.train.FailureConfig(max_failures=config.checkpoint.restarts),
+        ),
     )
     finished = threading.Event()
     watcher = threading.Thread(target=_watch, args=(coordinator, finished, progress), daemon=True)
@@ -92,7 +96,8 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         ray.kill(coordinator)
     assert result.checkpoint is not None
     assert result.metrics is not None
-    outcome = Outcome(result.metrics, Path(result.checkpoint.path), run_ref)
+    folder = checkpoint.Folder(result.checkpoint.filesystem, result.checkpoint.path)
+    outcome = Outcome(result.metrics, f"{storage_path(config)}/{config.name}/{folder.name}", run_ref)
     tracking.describe(run_ref, f"```\n{summary(plan, outcome)}\n```")
     tracking.finish(run_ref, "FINISHED")
     return outcome
@@ -129,30 +134,32 @@ def _work(setup: dict[str, Any]) -> None:
     decider = RemoteDecider(setup["coordinator"], rank)
     worker = Worker(config, plan.budget_bytes, make_exchange(), decider, writer, tell, distinct_ids=plan.distinct_ids)
 
-    def open_files(name: str, files: Files, batch_size: int, max_rows: int | None = None) -> Callable[[], Iterable[Batch]]:
+    restore_last(worker, setup["lineage"], plan.files)
+
+    def open_files(name: str, files: Files, batch_size: int, first: Callable[[], int], max_rows: int | None = None) -> Batches:
         if config.data.reader == "ray":
-            return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers)
-        return lambda: parquet_batches(files, config.data, batch_size, rank=rank, workers=workers, max_rows=max_rows)
+            return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers, first())
+        return lambda: parquet_batches(files, config.data, batch_size, rank=rank, workers=workers, max_rows=max_rows, first_step=first())
 
     batch_size = config.train.batch_size
-    test = open_files("test", plan.test_files, batch_size * 4) if plan.test_files else None
-    metrics = train(worker, open_files("train", plan.files, batch_size, config.data.max_rows), test)
+    test = open_files("test", plan.test_files, batch_size * 4, lambda: 0) if plan.test_files else None
+    training = open_files("train", plan.files, batch_size, lambda: worker.position.batch, config.data.max_rows)
+    saver = checkpoint.Saver(worker, checkpoint.RayPublisher(), setup["lineage"], list(plan.files.rows))
+    metrics = train(worker, training, test, saver)
     if writer is not None:
         log_plots(writer, worker, metrics, plan.files.synthetic)
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), worker)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    saver.save(finished=True, metrics=metrics)
+    saver.wait()
 
 
-def save(folder: Path, worker: Worker) -> None:
-    """Write this worker's part of the model; rank 0 adds the dense part and a manifest of all files. All workers call this."""
-    names = [checkpoint.save_rows(folder, worker.exchange.rank, worker.shard)]
-    if worker.exchange.rank == 0:
-        names += checkpoint.save_dense(folder, worker.config, worker.dense)
-    files = checkpoint.describe(folder, names)
-    everyone: list[Any] = [files]
-    if dist.is_initialized() and worker.exchange.workers > 1:
-        everyone = [None] * worker.exchange.workers
-        dist.all_gather_object(everyone, files)
-    if worker.exchange.rank == 0:
-        checkpoint.save_manifest(folder, {name: facts for each in everyone for name, facts in each.items()}, worker.step)
+def restore_last(worker: Worker, lineage: str, files: Files) -> None:
+    """Go on from the last checkpoint of this run, if there is one; one of an earlier run in the same folder does not count."""
+    last = ray.train.get_checkpoint()
+    if last is None:
+        return
+    folder = checkpoint.Folder(last.filesystem, last.path)
+    if checkpoint.read_manifest(folder)["run"] != lineage:
+        return
+    checkpoint.restore(checkpoint.open_checkpoint(folder), worker, list(files.rows))
+    fit_budget(worker)
+    worker.tell(f"goes on from {folder.path}, step {worker.step:,}")

@@ -1,0 +1,112 @@
+"""A resumed run is the uninterrupted one, to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from runs import BATCHES, BUDGET, config, differences, folders, opened, resumed, run, solo, state_of
+
+from fiited_ray.checkpoint import restore
+from fiited_ray.config import ConfigError
+from fiited_ray.train.loop import fit_budget
+
+TIMED = ("time/", "ahead/", "speed/", "checkpoint/stopped_s")
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {},
+        {"embedding": {"optimizer": "adam", "dtype": "bfloat16"}, "train": {"optimizer": "adagrad"}, "checkpoint": {"incremental": 0}},
+        {"embedding": {"optimizer": "adagrad", "dtype": "float16"}, "train": {"optimizer": "sgd", "overlap": 1}},
+        {"policy": {"decay": 0.3}, "embedding": {"chunk": 32}},  # importance is scaled down every nine steps; whole rows
+    ],
+    ids=["rowwise", "adam-bfloat16", "adagrad-float16-overlap", "decay"],
+)
+def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_last_bit(tmp_path: Path, groups: dict[str, dict[str, object]]) -> None:
+    made = config(**groups)
+    whole = solo(made)
+    results = run(whole, tmp_path / "whole")
+    assert whole.shard.stats().asked_bytes > BUDGET  # not all rows found room
+    checkpoints = folders(tmp_path / "whole")[:-1]
+    assert len(checkpoints) == 6
+    assert any(opened(each).base for each in checkpoints) == (made.checkpoint.incremental > 0)
+    assert opened(checkpoints[-1]).training["epoch"] == 1
+    for each in (checkpoints[0], checkpoints[2], checkpoints[-1]):
+        worker = resumed(each, made)
+        again = run(worker, tmp_path / f"from-{each.name}")
+        assert differences(state_of(whole), state_of(worker)) == []
+        assert {name: value for name, value in again.items() if not name.startswith(TIMED)} == {
+            name: value for name, value in results.items() if not name.startswith(TIMED)
+        }
+        assert worker.history.steps == whole.history.steps
+        assert worker.history.values["train/loss"] == whole.history.values["train/loss"]
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
+    short, long = solo(config(steps=30)), solo(config(steps=40))
+    run(short, tmp_path / "short")
+    run(long, tmp_path / "long")
+    worker = resumed(folders(tmp_path / "short")[-1], config(steps=40))
+    run(worker, tmp_path / "more")
+    assert differences(state_of(long), state_of(worker)) == []
+
+
+def test_the_position_in_the_data_is_that_of_the_next_batch(tmp_path: Path) -> None:
+    run(solo(config()), tmp_path)
+    positions = [(each.training["epoch"], each.training["batch"]) for each in map(opened, folders(tmp_path))]
+    assert positions == [divmod(step, BATCHES) for step in (6, 12, 18)] + [(0, 24)] + [divmod(step, BATCHES) for step in (30, 36, 40)]
+
+
+def test_half_the_budget_narrows_rows_before_the_first_step(tmp_path: Path) -> None:
+    made = config()
+    run(solo(made), tmp_path)
+    worker = resumed(folders(tmp_path)[-1], made, BUDGET // 2)
+    before = worker.shard.stats()
+    assert before.planned > BUDGET // 2
+    fit_budget(worker)
+    after = worker.shard.stats()
+    assert after.planned <= BUDGET // 2
+    assert 0 < after.rows < before.rows
+
+
+def test_the_same_budget_holds_no_round(tmp_path: Path) -> None:
+    made = config()
+    run(solo(made), tmp_path)
+    worker = resumed(folders(tmp_path)[-1], made)
+    before = state_of(worker)
+    fit_budget(worker)
+    assert differences(before, state_of(worker)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 7}, "seed: 7 now, but 0 when"),
+        ({"embedding": {"dim": 16}}, r"embedding\.dim: 16 now, but 32 when"),
+        ({"train": {"batch_size": 128}}, r"train\.batch_size: 128 now, but 64 when"),
+    ],
+)
+def test_another_configuration_is_refused_by_its_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    made = config(steps=6)
+    run(solo(made), tmp_path)
+    other = made
+    for name, value in change.items():
+        new = dataclasses.replace(getattr(made, name), **value) if isinstance(value, dict) else value
+        other = dataclasses.replace(other, **{name: new})
+    with pytest.raises(ConfigError, match=message):
+        restore(opened(folders(tmp_path)[-1]), solo(other))
+
+
+def test_other_training_files_are_refused(tmp_path: Path) -> None:
+    from fiited_ray.checkpoint import Folder, FolderPublisher, Saver
+
+    worker = solo(config(steps=6))
+    saver = Saver(worker, FolderPublisher(Folder.of(tmp_path)), "test", [100, 28])
+    saver.save()
+    saver.wait()
+    restore(opened(folders(tmp_path)[0]), solo(config(steps=6)), [100, 28])
+    with pytest.raises(ConfigError, match=r"data\.train: 99 rows in 1 files now, but 128 in 2 when"):
+        restore(opened(folders(tmp_path)[0]), solo(config(steps=6)), [99])
