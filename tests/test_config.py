@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fiited_ray.config import (
     Bin,
     Budget,
+    CheckpointConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -425,6 +426,7 @@ def full_config() -> Config:
         policy=PolicyConfig(5.0, "norm", 1.5, 0.99, 50, 5, 0.02, 0.1, 0.03, 10**9),
         model=ModelConfig("dcnv2", (32,), (16,), 2, 8),
         train=TrainConfig(1, 2, True, 512, 1, 100, "sgd", 0.01, 10, True, 1),
+        checkpoint=CheckpointConfig(50, 3, 5, "never", 1, 2**22),
         tracking=TrackingConfig("sqlite:///other.db", "other", 5),
     )
 
