@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from fiited_ray.checkpoint.files import Folder
 from fiited_ray.checkpoint.manifest import (
     MANIFEST,
@@ -20,6 +22,7 @@ from fiited_ray.config import Config, ConfigError, load
 from fiited_ray.store import bucket_range
 
 _LONGEST_TEXT = 16 << 20
+_LONGEST_CONFIG = 1 << 20
 _LONGEST_CHAIN = 1000
 
 
@@ -96,11 +99,18 @@ class Saved:
         Raises:
             CheckpointError: when the file is damaged or no configuration of this release.
         """
+        where = f"{self.folder.path}/config.yaml"
         with self.folder.verified(self.facts("config.yaml")) as path:
+            if path.stat().st_size > _LONGEST_CONFIG:
+                raise CheckpointError(f"{where}: longer than {_LONGEST_CONFIG} bytes")
             try:
+                if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_text(), yaml.SafeLoader)):
+                    raise CheckpointError(f"{where}: has aliases, which no saved configuration has")
                 return load(path)
+            except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+                raise CheckpointError(f"{where}: not YAML: {type(error).__name__}") from None
             except ConfigError as error:
-                raise CheckpointError(f"{self.folder.path}/config.yaml: {error}") from error
+                raise CheckpointError(f"{where}: {error}") from error
 
     def chain(self) -> list[Saved]:
         """This checkpoint and those it builds on, newest first."""
