@@ -23,6 +23,7 @@ from fiited_ray.store import bucket_range
 
 _LONGEST_TEXT = 16 << 20
 _LONGEST_CONFIG = 1 << 20
+_DEEPEST_CONFIG = 8
 _LONGEST_CHAIN = 1000
 
 
@@ -104,8 +105,7 @@ class Saved:
             if path.stat().st_size > _LONGEST_CONFIG:
                 raise CheckpointError(f"{where}: longer than {_LONGEST_CONFIG} bytes")
             try:
-                if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_text(), yaml.SafeLoader)):
-                    raise CheckpointError(f"{where}: has aliases, which no saved configuration has")
+                _check_yaml(path.read_text(), where)
                 return load(path)
             except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
                 raise CheckpointError(f"{where}: not YAML: {type(error).__name__}") from None
@@ -119,6 +119,17 @@ class Saved:
             chain.append(at)
             at = at.base
         return chain
+
+
+def _check_yaml(text: str, where: str) -> None:
+    """Refuse what makes a short text take much time or memory: aliases and deep nesting, of which a saved configuration has none."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise CheckpointError(f"{where}: has aliases, which no saved configuration has")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_CONFIG:
+            raise CheckpointError(f"{where}: nested deeper than any saved configuration")
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:

@@ -239,7 +239,9 @@ def test_sizes_that_agree_with_each_other_but_not_with_the_file(folder: Path) ->
 
 def test_a_row_of_another_width_than_the_part_says(folder: Path) -> None:
     held = json.loads((folder / PART).read_text())["content"]["rows_by_width"]
-    change(folder / PART, rows_by_width=[held[0] - 1, *held[1:3], held[3] + 1])
+    given, taken = held.index(max(held)), held.index(min(held))
+    held[given], held[taken] = held[given] - 1, held[taken] + 1
+    change(folder / PART, rows_by_width=held)
     refused(folder, f"{ROWS}: .*has an address that is none of its width")
 
 
@@ -345,8 +347,8 @@ def test_a_sketch_that_lies(folder: Path, name: str, make: Callable[[Tensor], Te
     [
         ("generator", lambda tensor: tensor[:-1], "generator"),
         ("losses", lambda tensor: tensor.float(), "losses is"),
-        ("window/at", put(0, 10**6), "window is not a state"),
-        ("window/values", put(0, float("nan")), "window is not a state"),
+        ("progressive/at", put(0, 10**6), "progressive is not a state"),
+        ("progressive/values", put(0, float("nan")), "progressive is not a state"),
         ("progressive/at", lambda tensor: tensor[:-1], "progressive is not a state"),
     ],
 )
@@ -391,7 +393,8 @@ def test_a_history_longer_than_its_steps(folder: Path) -> None:
         ("a: &a [x]\nb: *a\n", "aliases"),
         ("data: 1\n", "group of keys"),
         ("!!python/object/apply:os.system [ls]\n", "not YAML"),
-        ("x: " + "[" * 100_000, "not YAML"),
+        ("x: " + "[" * 100_000, "nested deeper"),
+        ("- " * 100_000, "nested deeper"),
     ],
 )
 def test_a_configuration_that_lies(folder: Path, text: str, message: str) -> None:
