@@ -164,6 +164,11 @@ def test_budget_as_a_share_survives_its_own_text(part: int, whole: int) -> None:
         (TrainConfig, {"overlap": 2}, "train.overlap must be 0 or 1"),
         (TrainConfig, {"lr": -0.1}, "train.lr must be above 0"),
         (TrackingConfig, {"uri": "file:///tmp/mlruns"}, "tracking.uri: MLflow no longer takes file: stores"),
+        (CheckpointConfig, {"every": 0}, "checkpoint.every must be above 0, or none"),
+        (CheckpointConfig, {"incremental": -1}, "checkpoint.incremental must be in"),
+        (CheckpointConfig, {"keep": 0}, "checkpoint.keep must be above 0"),
+        (CheckpointConfig, {"restarts": -1}, "checkpoint.restarts must not be negative"),
+        (CheckpointConfig, {"staging_bytes": 1000}, "checkpoint.staging_bytes: at least 1 MiB"),
         (TrackingConfig, {"log_every": 0}, "tracking.log_every must be above 0"),
         (Config, {"data": DataConfig(categorical=("a", "b")), "name": "../run"}, "name: letters, digits"),
         (Config, {"data": DataConfig(categorical=("a", "b")), "name": ""}, "name: letters, digits"),
@@ -426,7 +431,7 @@ def full_config() -> Config:
         policy=PolicyConfig(5.0, "norm", 1.5, 0.99, 50, 5, 0.02, 0.1, 0.03, 10**9),
         model=ModelConfig("dcnv2", (32,), (16,), 2, 8),
         train=TrainConfig(1, 2, True, 512, 1, 100, "sgd", 0.01, 10, True, 1),
-        checkpoint=CheckpointConfig(50, 3, 5, "never", 1, 2**22),
+        checkpoint=CheckpointConfig(7, 3, 4, "always", 5, 2**21),
         tracking=TrackingConfig("sqlite:///other.db", "other", 5),
     )
 

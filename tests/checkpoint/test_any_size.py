@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fiited_ray.checkpoint import Folder, FolderPublisher, Saver, open_checkpoint
 from fiited_ray.checkpoint.load import load_shard
-from fiited_ray.config import CheckpointConfig
+from fiited_ray.config import CheckpointConfig, Config
 from fiited_ray.coordinator import LocalDecider
 from fiited_ray.exchange import Solo
 from fiited_ray.store import ShardSpec, VhpiShard, ops
@@ -24,19 +24,30 @@ BUDGET = 1_000_000
 
 
 class Among(Solo):
-    """A worker's place among others whose steps are taken one after the other in this process; sums are its own numbers alone."""
+    """A worker's place among others that take their turns in this process, rank 0 first: what it says to all, the others hear."""
 
-    def __init__(self, rank: int, workers: int) -> None:
+    def __init__(self, rank: int, workers: int, said: list[Tensor]) -> None:
         self.rank, self.workers = rank, workers
+        self._said, self._heard = said, 0
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        if self.rank == 0:
+            self._said.append(values)
+        self._heard += 1
+        return self._said[self._heard - 1]
 
 
-def place(rank: int, workers: int, made: object) -> Worker:
-    """A worker as it stands before `rank` of `workers` begins, with its shard; its dense model is wrapped in nothing."""
-    worker = Worker(made, BUDGET, Solo(), LocalDecider(made.policy))
-    worker.exchange = Among(rank, workers)
-    worker.shard = worker.embedding.shard = VhpiShard(ShardSpec.of(made, BUDGET, rank, workers))
-    worker.shard.set_limit(BUDGET)
-    return worker
+def make_workers(count: int, made: Config) -> list[Worker]:
+    """Workers with a shard each; no process group joins them."""
+    said: list[Tensor] = []
+    workers = []
+    for rank in range(count):
+        worker = Worker(made, BUDGET, Solo(), LocalDecider(made.policy))
+        worker.exchange = Among(rank, count, said)
+        worker.shard = worker.embedding.shard = VhpiShard(ShardSpec.of(made, BUDGET, rank, count))
+        worker.shard.set_limit(BUDGET)
+        workers.append(worker)
+    return workers
 
 
 def learn(workers: list[Worker], step: int, random: np.random.Generator) -> None:
@@ -87,7 +98,7 @@ def test_any_number_of_workers_loads_what_any_number_saved(
     made = config(embedding={"optimizer": optimizer, "dtype": dtype}, policy={"decay": decay})
     made = dataclasses.replace(made, checkpoint=CheckpointConfig(incremental=3))
     random = np.random.default_rng(seed)
-    workers = [place(rank, before, made) for rank in range(before)]
+    workers = make_workers(before, made)
     with tempfile.TemporaryDirectory() as name:
         savers = [Saver(worker, FolderPublisher(Folder.of(name)), "test") for worker in workers]
         step = 0
@@ -99,9 +110,7 @@ def test_any_number_of_workers_loads_what_any_number_saved(
             for worker in workers:
                 worker.shard.resize(threshold)
                 worker.threshold = threshold
-            ident = f"{random.integers(2**62):032x}"
             for saver in savers:
-                saver._shared_id = lambda ident=ident: ident  # type: ignore[method-assign]
                 saver.save()
                 saver.wait()
         expected = rows_of([worker.shard for worker in workers])
