@@ -274,7 +274,7 @@ def report(worker: Worker) -> dict[str, float]:
     values |= {f"ahead/{phase}": seconds / steps for phase, seconds in worker.times_ahead.take().items()}
     values["speed/samples_per_s"] = (worker.samples - samples) / max(1e-9, now - clock)
     worker.history.reported = len(worker.losses)
-    worker.history.add(worker.step, values)
+    worker.history.add(worker.step, values, totals.rows_by_width)
     worker.last_totals, worker.last_lookups = totals, (totals.lookups, totals.hits)
     worker.window_start = (now, worker.samples, sent)
     worker.window.reset()
