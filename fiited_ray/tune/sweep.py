@@ -154,7 +154,8 @@ def _ask(question: Question, setup: Setup, keeper: Keeper, plan: Plan) -> None:
 def _tune(question: Question, setup: Setup, keeper: Keeper, samples: int, points: dict[str, Any], **how: Any) -> None:
     """One Ray Tune experiment. Trials hold no CPU: their workers do, so that two cores are enough for one trial of two workers."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the keeper tells of trials in its own words
-    # no second log of every trial; Ctrl-C ends the sweep; that Tune saves its own state often is no news
+    # no second log of every trial; no tables of its own; Ctrl-C ends the sweep; that Tune saves its own state often is no news
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"
     trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, setup=setup), {"CPU": 0, "memory": _TRIAL_BYTES})
