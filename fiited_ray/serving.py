@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
@@ -24,6 +25,7 @@ from fiited_ray.train import checkpoint
 
 PREDICTION = "probability"
 _ROWS_AT_ONCE = 16384
+_WHOLE_FLOATS = 2.0**53  # below it, a float64 tells all integers apart
 
 
 class Predictor:
@@ -62,11 +64,24 @@ class Predictor:
         missing = [name for name in wanted if name not in rows.columns]
         if missing:
             raise DataError(f"no column {', '.join(map(repr, missing))} among those given: {', '.join(map(str, rows.columns))}")
-        table = pa.Table.from_pandas(rows[wanted], preserve_index=False)
+        table = self._with_whole_ids(pa.Table.from_pandas(rows[wanted], preserve_index=False))
         table = table.append_column(self.config.label, pa.array([0] * len(rows), pa.int8()))  # the collator checks one; none is used
         parts = [self._scores(table.slice(begin, _ROWS_AT_ONCE)) for begin in range(0, len(rows), _ROWS_AT_ONCE)]
         scores = torch.cat(parts) if parts else torch.empty(0)
         return pd.DataFrame({PREDICTION: scores.double().numpy()}, index=rows.index)
+
+    def _with_whole_ids(self, table: pa.Table) -> pa.Table:
+        """Integer ids that pandas holds as float64, because some are missing, as integers again."""
+        for name in self.config.scalar:
+            if name in self.config.bins or not pa.types.is_floating(table[name].type):
+                continue
+            values = table[name].to_numpy()
+            odd = ~np.isnan(values) & ((values != np.floor(values)) | (np.abs(values) >= _WHOLE_FLOATS))
+            if odd.any():
+                row = int(odd.argmax())
+                raise DataError(f"column {name!r}, row {row}: {values[row]} is not an integer; ids are integers or strings")
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64(), from_pandas=True, safe=False))
+        return table
 
     @torch.no_grad()
     def _scores(self, table: pa.Table) -> torch.Tensor:

@@ -14,7 +14,7 @@ from mlflow.types.schema import Array, ColSpec, DataType, Schema
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from fiited_ray.config import Config
-from fiited_ray.data.files import Files
+from fiited_ray.data.files import Files, column_statistics
 from fiited_ray.train.plan import Plan
 
 _DIGEST = 16  # hexadecimal digits
@@ -54,9 +54,13 @@ def name_of(files: Files) -> str:
 
 
 def schema_of(files: Files, columns: list[str]) -> Schema:
-    """Columns of the files as MLflow describes them."""
-    types = pq.read_schema(files.paths[0])
-    return Schema([ColSpec(_type(types.field(name).type), name) for name in columns])
+    """Columns of the files as MLflow describes them.
+
+    Lists are optional there, or it would refuse a null one, which is an empty bag; integers that may be null are its doubles, as in pandas.
+    """
+    types = {name: _type(pq.read_schema(files.paths[0]).field(name).type) for name in columns}
+    types |= {name: DataType.double for name, kind in types.items() if kind == DataType.long and _has_nulls(files, name)}
+    return Schema([ColSpec(kind, name, required=not isinstance(kind, Array)) for name, kind in types.items()])
 
 
 def _input(files: Files, config: Config, role: str, context: str) -> DatasetInput:
@@ -67,6 +71,14 @@ def _input(files: Files, config: Config, role: str, context: str) -> DatasetInpu
     profile = {"num_rows": files.total_rows, "num_files": len(files.paths), "synthetic": files.synthetic}
     entity = Dataset(name, files_digest(files), source._get_source_type(), source.to_json(), json.dumps(schema), json.dumps(profile))
     return DatasetInput(entity, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
+
+
+def _has_nulls(files: Files, name: str) -> bool:
+    """Whether a column has nulls, or its files do not say."""
+    counts = [
+        each.null_count if each is not None else None for path in files.paths for each in column_statistics(pq.read_metadata(path), name)
+    ]
+    return any(count is None or count > 0 for count in counts)
 
 
 def _type(kind: pa.DataType) -> DataType | Array:

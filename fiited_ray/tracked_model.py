@@ -64,8 +64,7 @@ def example_of(plan: Plan) -> pd.DataFrame:
     path = (plan.test_files or plan.files).paths[0]
     with pq.ParquetFile(path) as file:
         rows = next(file.iter_batches(_EXAMPLE_ROWS, columns=input_columns(plan.config.data)))
-    nullable = {field.type: pd.Int64Dtype() for field in rows.schema if pa.types.is_integer(field.type)}
-    frame = rows.select(input_columns(plan.config.data)).to_pandas(types_mapper=nullable.get)
+    frame = rows.select(input_columns(plan.config.data)).to_pandas()
     for name in frame.columns:  # JSON knows lists, not arrays
         if pa.types.is_nested(rows.schema.field(name).type):
             frame[name] = [None if value is None else list(value) for value in frame[name]]
