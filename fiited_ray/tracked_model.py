@@ -35,7 +35,7 @@ def log_model(ref: RunRef, plan: Plan, folder: Path, metrics: Mapping[str, float
     client = MlflowClient(ref.uri)
     with redacting(ref.uri), tempfile.TemporaryDirectory() as temporary:
         about = {"method": config.method, "budget": str(config.budget), "embedding.dim": str(config.embedding.dim)}
-        logged = client.create_logged_model(ref.experiment_id, name=config.name, source_run_id=ref.run_id, params=about)
+        logged = client.create_logged_model(ref.experiment_id, name=config.name.replace(".", "-"), source_run_id=ref.run_id, params=about)
         described = Model(logged.artifact_location, ref.run_id, model_uuid=logged.model_id, model_id=logged.model_id)
         local = Path(temporary) / "model"
         mlflow.pyfunc.save_model(

@@ -76,7 +76,7 @@ def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     config = Config(
         data=data,
-        name="served",
+        name="served.v1",  # MLflow takes no dots
         method=request.param,
         budget=Budget(bytes=100_000),
         output=str(folder / "runs"),

@@ -12,7 +12,7 @@ from fiited_ray.tune.answer import BYTES, MIB
 from fiited_ray.tune.measure import Measure
 from fiited_ray.tune.records import Trial
 from fiited_ray.tune.space import label
-from fiited_ray.tune.trial import DIGEST_TAG, Setup, ended
+from fiited_ray.tune.trial import DIGEST_TAG, ERROR, Setup, ended
 
 
 class Keeper(Callback):
@@ -60,16 +60,7 @@ class Keeper(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         settings = trial.config["settings"]
         digest = self.shared.digest(settings)
-        error = _cause(trial)
+        error = str(trial.last_result.get(ERROR, "its process died"))
         self._failed[digest] = Trial(settings, "failed", error=error)
         tracking.end_children(self._parent, "FAILED", {DIGEST_TAG: digest})
         self._say(f"  {label(settings)}: failed: {error}")
-
-
-def _cause(trial: Any) -> str:
-    """The error's own words, without the many lines of its way through Ray."""
-    error = trial.get_error()
-    while getattr(error, "cause", None) is not None:
-        error = error.cause
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -14,7 +14,8 @@ import ray
 import ray.tune
 
 from fiited_ray import tracking
-from fiited_ray.config import Config
+from fiited_ray.config import Config, ConfigError
+from fiited_ray.fitting import settle
 from fiited_ray.tracked_data import data_digest, inputs_of
 from fiited_ray.tracked_model import log_model
 from fiited_ray.tracking_address import absolute_uri
@@ -99,6 +100,8 @@ def sweep(question: Question, say: Callable[[str], None] = print) -> Outcome:
     bare = Setup(base, data_digest(plan), counted, folder, {})
     for settings in _certain(question):  # a mistake is told now, not by the trial that meets it
         make_plan(bare.config(settings), counted if bare.config(settings).data == base.data else None)
+    if isinstance(question.asked, Target):
+        feasible(bare, question.asked)
     connect(base.train.workers)
     parent = _parent(question, folder, plan)
     setup = Setup(base, bare.data_digest, counted, folder, parent_tags(parent.run_id, base.name))
@@ -130,6 +133,27 @@ def _certain(question: Question) -> list[Settings]:
     return baseline
 
 
+def feasible(setup: Setup, asked: Target) -> list[Settings]:
+    """The budgets to consider that hold the least there is to hold, from the smallest on.
+
+    Raises:
+        ConfigError: when none of them does.
+    """
+    steps: list[Settings] = []
+    refused: ConfigError | None = None
+    for share in ladder(asked.least, asked.precision):
+        settings = settings_of(asked.method, space.percent(share))
+        try:
+            settle(setup.config(settings), setup.ids_by_table)
+        except ConfigError as error:
+            refused = error
+        else:
+            steps.append(settings)
+    if not steps and refused is not None:
+        raise refused
+    return steps
+
+
 def _ask(question: Question, setup: Setup, keeper: Keeper, plan: Plan) -> None:
     """Run the trials, in two steps where the second needs to know the baseline."""
     asked, measure = question.asked, question.measure
@@ -137,7 +161,7 @@ def _ask(question: Question, setup: Setup, keeper: Keeper, plan: Plan) -> None:
     if certain:
         _tune(question, setup, keeper, len(certain), {"settings": ray.tune.grid_search(certain)})
     if isinstance(asked, Target):
-        steps = [settings_of(asked.method, space.percent(share)) for share in ladder(asked.least, asked.precision)]
+        steps = feasible(setup, asked)
         reference = Reference.of(keeper.trials(), measure, question.baseline)
         if reference is None:
             raise RuntimeError(f"full width could not be trained: {keeper.errors()}; name its quality with --baseline to go on without it")
@@ -154,7 +178,8 @@ def _ask(question: Question, setup: Setup, keeper: Keeper, plan: Plan) -> None:
 def _tune(question: Question, setup: Setup, keeper: Keeper, samples: int, points: dict[str, Any], **how: Any) -> None:
     """One Ray Tune experiment. Trials hold no CPU: their workers do, so that two cores are enough for one trial of two workers."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the keeper tells of trials in its own words
-    # no second log of every trial; no tables of its own; Ctrl-C ends the sweep; that Tune saves its own state often is no news
+    # no second log of every trial; no tables of its own; Ctrl-C ends the sweep; a result may be an error; its own state is no news
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"] = "0"

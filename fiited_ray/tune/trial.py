@@ -17,7 +17,7 @@ from fiited_ray.tune.records import Folder, State, Trial, trial_digest
 from fiited_ray.tune.space import Settings, label
 
 DIGEST_TAG = "fiited_ray.trial"
-ENDED = "trial_ended"  # in a result: what is in it is the trial's last word
+ENDED, ERROR = "trial_ended", "trial_error"  # in a result: it is the trial's last word; why there will be none
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,16 @@ class Setup:
 
 
 def run_trial(point: dict[str, Any], setup: Setup) -> None:
-    """Train `point["settings"]`, or tell at once what is known of it from before."""
+    """Train `point["settings"]`, or tell at once what is known of it from before; an error is told in its own words before it is raised."""
+    try:
+        _run_trial(point, setup)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        tune.report({ERROR: lines[0].strip() if lines else type(error).__name__})
+        raise
+
+
+def _run_trial(point: dict[str, Any], setup: Setup) -> None:
     settings: Settings = point["settings"]
     known = setup.folder.trial(setup.digest(settings))
     if known is not None:
