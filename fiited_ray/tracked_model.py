@@ -10,6 +10,7 @@ from pathlib import Path
 import mlflow.pyfunc
 import pandas as pd
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
@@ -25,8 +26,8 @@ _EXAMPLE_ROWS = 5
 _NEEDED = ("mlflow", "numpy", "pandas", "pyarrow", "pyyaml", "safetensors", "torch")
 
 
-def log_model(ref: RunRef, plan: Plan, folder: Path, metrics: Mapping[str, float]) -> str:
-    """Log the saved model in `folder` as the run's; returns its address, `models:/m-...`.
+def log_model(ref: RunRef, plan: Plan, folder: str, metrics: Mapping[str, float]) -> str:
+    """Log the saved model in `folder`, a path or an address, as the run's; returns its address, `models:/m-...`.
 
     Raises:
         RuntimeError: what MLflow cannot write, naming the store.
@@ -37,11 +38,14 @@ def log_model(ref: RunRef, plan: Plan, folder: Path, metrics: Mapping[str, float
         about = {"method": config.method, "budget": str(config.budget), "embedding.dim": str(config.embedding.dim)}
         logged = client.create_logged_model(ref.experiment_id, name=config.name.replace(".", "-"), source_run_id=ref.run_id, params=about)
         described = Model(logged.artifact_location, ref.run_id, model_uuid=logged.model_id, model_id=logged.model_id)
-        local = Path(temporary) / "model"
+        local, saved = Path(temporary) / "model", Path(temporary) / "saved"
+        if "://" in folder:
+            saved.mkdir()
+            pa.fs.copy_files(folder, str(saved))
         mlflow.pyfunc.save_model(
             local,
             loader_module="fiited_ray.serving",
-            data_path=str(folder),
+            data_path=str(saved) if "://" in folder else folder,
             mlflow_model=described,
             signature=signature_of(plan),
             input_example=example_of(plan),

@@ -19,6 +19,7 @@ import torch
 from mlflow import MlflowClient
 
 from fiited_ray import tracking
+from fiited_ray.checkpoint import Folder, FolderPublisher, Saver
 from fiited_ray.config import Bin, Budget, Config, DataConfig, EmbeddingConfig, ModelConfig, TrackingConfig, TrainConfig
 from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import Batch, DataError, check_files, parquet_batches
@@ -29,7 +30,6 @@ from fiited_ray.tracked_model import example_of, log_model
 from fiited_ray.tracked_system import watching
 from fiited_ray.train.loop import Worker, train
 from fiited_ray.train.plan import Plan, make_plan
-from fiited_ray.train.trainer import save
 
 ROWS = 600
 
@@ -88,13 +88,15 @@ def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     plan = make_plan(config)
     worker = Worker(plan.config, plan.budget_bytes, Solo(), LocalDecider(config.policy), distinct_ids=plan.distinct_ids)
     metrics = train(worker, lambda: batches(plan, "train"), lambda: batches(plan, "test"))
-    model = folder / "model"
-    model.mkdir()
-    save(model, worker)
+    publisher = FolderPublisher(Folder.of(folder / "model"))
+    saver = Saver(worker, publisher, "served")
+    saver.save(finished=True)
+    saver.wait()
+    model = folder / "model" / "checkpoint_000000"
     with torch.no_grad():
         scores = torch.cat([torch.sigmoid(worker.dense(batch.dense, worker.embedding(batch))) for batch in batches(plan, "test")])
     run = tracking.create_run(config, {}, inputs_of(plan))
-    return Logged(plan, model, scores, run, log_model(run, plan, model, metrics | {"step": worker.step}))
+    return Logged(plan, model, scores, run, log_model(run, plan, str(model), metrics | {"step": worker.step}))
 
 
 def batches(plan: Plan, role: str) -> Iterator[Batch]:

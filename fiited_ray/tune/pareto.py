@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
@@ -16,6 +17,7 @@ from fiited_ray.tune.records import Trial
 
 _COLOURS = (BLUE, ORANGE, GREEN, SKY, "#CC79A7", "#F0E442", GREY)
 _AXES = ((BYTES, MIB, "MiB, everything counted"), (KEPT, 0.01, "% of the parameters kept"))
+_TITLE_WIDTH = 90  # characters
 _WORST = "lower is better", "higher is better"
 
 
@@ -102,8 +104,11 @@ def page(trials: Sequence[Trial], measure: Measure, reference: Reference | None,
             figure.add_hrect(worst, reference.value, fillcolor=GREY, opacity=0.2, line_width=0, row=1, col=column)
         figure.update_xaxes(title_text=name, type="log", row=1, col=column)
     figure.update_yaxes(title_text=f"{measure.label} ({_WORST[measure.name == 'auc']})", row=1, col=1)
-    heading = {"text": f"<b>Quality against size{title}</b><br><sup>{sentence}</sup>", "x": 0.01, "xanchor": "left"}
-    figure.update_layout(title=heading, template="plotly_white", margin={"t": 90, "l": 70}, legend={"orientation": "v"})
+    words = "<br>".join(textwrap.wrap(sentence, _TITLE_WIDTH))
+    heading = {"text": f"<b>Quality against size{title}</b><br><sup>{words}</sup>", "x": 0.01, "xanchor": "left"}
+    figure.update_layout(
+        title=heading, template="plotly_white", margin={"t": 110, "l": 70, "r": 20}, legend={"orientation": "h", "y": -0.2}
+    )
     return str(figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False, "responsive": True}))
 
 

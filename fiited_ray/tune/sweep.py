@@ -239,6 +239,8 @@ def _conclude(question: Question, keeper: Keeper, plan: Plan, parent: tracking.R
         (folder.path / "best.yaml").write_text(best_config(question.base, found.best).to_yaml())
         files.append("best.yaml")
         _log_best(keeper.shared, found.best, parent)
+        # charts of runs that are not unfolded show the sweep as the trial it found
+        tracking.RunWriter(parent).metrics(int(found.best.metrics["step"]), found.best.metrics)
     tracking.upload(parent, [folder.path / name for name in files])
     tracking.describe(parent, f"{found.sentence}\n\n{text}")
     return Outcome(found, text, tuple(trials), folder.path, parent)
@@ -252,5 +254,5 @@ def best_config(base: Config, best: Trial) -> Config:
 def _log_best(setup: Setup, best: Trial, parent: tracking.RunRef) -> None:
     """Put the best trial's model among MLflow's, unless it is there."""
     ref = tracking.RunRef(parent.uri, parent.experiment_id, best.run_id)
-    if best.model_folder and Path(best.model_folder).exists() and not tracking.has_model(ref):
-        log_model(ref, make_plan(setup.config(best.settings), setup.ids_by_table), Path(best.model_folder), best.metrics)
+    if best.model_folder and not tracking.has_model(ref):
+        log_model(ref, make_plan(setup.config(best.settings), setup.ids_by_table), best.model_folder, best.metrics)

@@ -50,6 +50,7 @@ def small_config(folder: Path, train: Path, test: Path) -> Path:
         },
         "embedding": {"dim": 8, "chunk": 4},
         "model": {"bottom": [8], "top": [8]},
+        "checkpoint": {"restarts": 0},
         "train": {"workers": 1, "batch_size": 500},
         "tracking": {"uri": f"sqlite:///{folder}/mlflow.db", "log_every": 4, "system_every": 1},
     }
