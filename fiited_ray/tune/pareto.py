@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from plotly.subplots import make_subplots
 
 from fiited_ray.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY
@@ -47,7 +48,9 @@ def picture(trials: Sequence[Trial], measure: Measure, reference: Reference | No
         _panel(axes, finished(trials, measure), measure, reference, best, size, unit)
         axes.set_xlabel(name)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"{measure.label} ({_WORST[measure.name == 'auc']})")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -107,7 +110,7 @@ def page(trials: Sequence[Trial], measure: Measure, reference: Reference | None,
     words = "<br>".join(textwrap.wrap(sentence, _TITLE_WIDTH))
     heading = {"text": f"<b>Quality against size{title}</b><br><sup>{words}</sup>", "x": 0.01, "xanchor": "left"}
     figure.update_layout(
-        title=heading, template="plotly_white", margin={"t": 110, "l": 70, "r": 20}, legend={"orientation": "h", "y": -0.2}
+        title=heading, template="plotly_white", margin={"t": 140, "l": 70, "r": 20}, legend={"orientation": "h", "y": -0.2}
     )
     return str(figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False, "responsive": True}))
 
