@@ -36,7 +36,7 @@ from fiited_ray.train.loop import Worker, hold_round, train_step
 CONFIG = Path(__file__).parent.parent / "jobs" / "configs" / "synthetic.yaml"
 WINDOWS = 20  # of the stream, each with an AUC of its own
 FROZEN_FROM = 0.1  # of the stream
-FAST_DECAY = 0.99  # of importance, per step
+FAST_DECAY = 0.98  # of importance, per step
 EVERY = 4  # steps between two looks at the widths
 AGES = np.arange(-40, 201, EVERY)  # steps since an id came or left
 
@@ -101,7 +101,9 @@ class Widths:
         self._numbers += np.bincount(bins[inside], minlength=len(AGES))
 
     def mean(self) -> list[float]:
-        return (self._sums / np.maximum(1, self._numbers)).tolist()
+        """By age; NaN where no id of the cohort had that age."""
+        with np.errstate(invalid="ignore"):
+            return (self._sums / self._numbers).tolist()
 
 
 def run(config: Config, distinct: list[int], cohorts: dict[str, Cohort], steps: int, frozen_from: int | None) -> dict[str, Any]:
@@ -133,13 +135,13 @@ def run(config: Config, distinct: list[int], cohorts: dict[str, Cohort], steps: 
     }
 
 
-def half_way(ages: np.ndarray, values: list[float], rising: bool) -> float:
-    """Steps until the widths are half way from where they were at the moment to where they are at the last age."""
-    series = np.asarray(values)
-    start, end = series[ages <= 0][-1], series[-1]
-    passed = (series - start) / (end - start if end != start else 1.0) >= 0.5
-    after = np.flatnonzero(passed & (ages > 0))
-    return float(ages[after[0]]) if len(after) and (end > start) == rising else float("nan")
+def half_way(newcomers: list[float], leavers: list[float]) -> tuple[str, str]:
+    """Steps until newcomers have half of the most dimensions they get, and leavers half of those they had when they left."""
+    came, left = np.asarray(newcomers), np.asarray(leavers)
+    wide = np.flatnonzero(came >= np.nanmax(came) / 2)
+    narrow = np.flatnonzero((left <= left[AGES == 0] / 2) & (AGES > 0))
+    wide_at, narrow_at = (f"{AGES[at[0]]} steps" if len(at) else f"> {AGES[-1]} steps" for at in (wide, narrow))
+    return wide_at, narrow_at
 
 
 def figure_of(runs: dict[str, dict[str, Any]], frozen_at: int) -> Figure:
@@ -160,7 +162,7 @@ def figure_of(runs: dict[str, dict[str, Any]], frozen_at: int) -> Figure:
     top.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     middle.set_ylabel("AUC less full width's")
     for name, each in runs.items():
-        if name != "full width":
+        if name.startswith("fiited"):
             bottom.plot(AGES, each["widths"]["newcomers"], color=colours[name], label=f"newcomers, {name}")
             bottom.plot(AGES, each["widths"]["leavers"], color=colours[name], linestyle="--", label=f"leavers, {name}")
     bottom.axvline(0, color=plots.GREY, linewidth=1)
@@ -178,7 +180,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--drift", type=float, default=4.0, help="of popularity, as in jobs/prepare.py synthetic")
     parser.add_argument("--preference-drift", type=float, default=1.0)
-    parser.add_argument("--often", type=int, default=200, help="lookups of an id that is followed")
+    parser.add_argument("--often", type=int, default=50, help="lookups of an id that is followed")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*")
@@ -187,7 +189,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         spec = SyntheticSpec(arguments.rows, test_share=0.0, drift=arguments.drift, preference_drift=arguments.preference_drift)
         train_file, _ = write_synthetic(Path(folder), spec)
-        settings = [f"data.train={train_file}", "data.test=[]", "train.workers=1", "train.batch_size=1024", *arguments.overrides]
+        settings = [
+            f"data.train={train_file}",
+            "data.test=[]",
+            "train.workers=1",
+            "train.batch_size=1024",
+            "budget=1/64",
+            *arguments.overrides,
+        ]
         config = load(CONFIG, settings)
         distinct = count_distinct(check_files(config.data.train, config.data), config.data)
         cohorts, steps = cohorts_of(config, arguments.often)
@@ -205,9 +214,9 @@ def main() -> int:
         print(f"{'':<24}{'AUC of the last half':>22}{'MiB':>8}{'newcomers half wide':>22}{'leavers half narrow':>22}")
         for name, (each, frozen) in kinds.items():
             runs[name] = run(each, distinct, cohorts, steps, frozen)
-            came, left = (half_way(AGES, runs[name]["widths"][who], who == "newcomers") for who in ("newcomers", "leavers"))
+            came, left = half_way(**runs[name]["widths"]) if name.startswith("fiited") else ("-", "-")
             size = runs[name]["total_bytes"] / 2**20
-            print(f"{name:<24}{runs[name]['auc_of_the_last_half']:>22.4f}{size:>8.1f}{came:>16.0f} steps{left:>16.0f} steps", flush=True)
+            print(f"{name:<24}{runs[name]['auc_of_the_last_half']:>22.4f}{size:>8.1f}{came:>22}{left:>22}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"ages": AGES.tolist(), "frozen_at": frozen_at, "runs": runs}, indent=1) + "\n")
     if arguments.plot:

@@ -294,6 +294,8 @@ class TrackingConfig:
     uri: str = field(default="sqlite:///mlflow.db", repr=False)
     experiment: str = "fiited-ray"
     log_every: int = 10  # steps
+    system_every: float = 10.0  # seconds between samples of the first worker's machine (CPU, memory, disk, network, GPU); 0: none
+    log_model: bool = True  # put the trained model among MLflow's, ready for its registry; it then lies there a second time
 
     def __post_init__(self) -> None:
         _require(
@@ -302,6 +304,7 @@ class TrackingConfig:
             redact(self.uri),
         )
         _require(self.log_every > 0, "tracking.log_every must be above 0", self.log_every)
+        _require(self.system_every >= 0, "tracking.system_every must not be negative", self.system_every)
 
 
 @dataclass(frozen=True)
@@ -354,6 +357,17 @@ class Config:
         """`{"embedding.dim": "32", ...}`, as run parameters want them."""
         return dict(_flatten("", self.to_dict()))
 
+    def with_settings(self, settings: typing.Mapping[str, Any]) -> Config:
+        """This configuration with plain values under dotted keys, such as `{"budget": "1/16", "policy.alpha": 4}`.
+
+        Raises:
+            ConfigError: naming the key, as `load` does.
+        """
+        tree = _plain(self)
+        for key, value in settings.items():
+            _set(tree, key, value)
+        return typing.cast(Config, _build(Config, tree, ""))
+
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `key=value` overrides such as `train.workers=4` (the value is read as YAML).
@@ -381,16 +395,20 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {redact(override)!r}: write key=value, such as train.workers=4")
+    try:
+        _set(tree, key, yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: the value is not YAML: {_without_text(error)}") from None
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {key}: {parent} is a value, not a group of keys")
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {key}: the value is not YAML: {_without_text(error)}") from None
+    node[leaf] = value
 
 
 def _without_text(error: Exception) -> str:

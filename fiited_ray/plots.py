@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from fiited_ray.policy.histogram import bin_edges
+from fiited_ray.policy import bin_edges, width_of
 
 MIB = 2**20
 # Okabe and Ito's palette, told apart with any colour vision
 BLUE, ORANGE, GREEN, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#999999"
+_SHADES = colormaps["YlGnBu"]  # few to many dimensions
 _GROUP = 8  # bins drawn as one, a quarter of an octave
 _PARTS = {"payload": BLUE, "optimizer": SKY, "index": ORANGE, "sketch": GREEN, "slack": GREY}
+
+_IMPORTANCE = {
+    "frequency_x_norm": "decayed sum of frequency x gradient norm",
+    "norm": "decayed sum of gradient norms",
+    "lookup_norm_sum": "decayed sum of the lookups' gradient norms",
+    "frequency": "decayed number of lookups",
+}
 
 Series = Mapping[str, Sequence[float]]
 
@@ -23,13 +33,18 @@ def bytes_over_time(steps: Sequence[int], values: Series, title: str) -> Figure:
     """Allocated bytes by part, stacked, below the budget."""
     figure, axes = _figure(f"Embedding bytes by part{title}", "step", "MiB")
     stacks = [np.asarray(values[f"bytes/{part}"]) / MIB for part in _PARTS]
-    axes.stackplot(steps, stacks, labels=list(_PARTS), colors=list(_PARTS.values()), alpha=0.9)
+    names = [f"{part} {stack[-1]:,.1f} MiB" for part, stack in zip(_PARTS, stacks, strict=True)]
+    axes.stackplot(steps, stacks, labels=names, colors=list(_PARTS.values()), alpha=0.9)
     if "bytes/budget" in values:
-        axes.axhline(values["bytes/budget"][-1] / MIB, color=RED, linestyle="--", label="budget")
-    dense = values["bytes/dense_equivalent"][-1] / MIB
-    axes.text(0.01, 0.97, f"full-width tables for the ids seen: {dense:,.1f} MiB", transform=axes.transAxes, va="top", fontsize=9)
+        axes.axhline(
+            values["bytes/budget"][-1] / MIB, color=RED, linestyle="--", label=f"budget {values['bytes/budget'][-1] / MIB:,.1f} MiB"
+        )
+    dense, total = values["bytes/dense_equivalent"][-1] / MIB, float(np.sum(stacks, 0)[-1])
+    text = f"{total:,.1f} MiB in all; full-width tables for the ids seen: {dense:,.1f} MiB ({total / max(dense, 1e-9):.1%})"
+    axes.text(0.01, 0.97, text, transform=axes.transAxes, va="top", fontsize=9)
     axes.set_ylim(0, 1.2 * max(max(np.sum(stacks, 0)), values["bytes/budget"][-1] / MIB if "bytes/budget" in values else 0))
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # in the order of the stack
     return figure
 
 
@@ -60,51 +75,66 @@ def quality_over_time(steps: Sequence[int], values: Series, final: Mapping[str, 
     return figure
 
 
-def widths_by_table(tables: Sequence[str], rows: np.ndarray, title: str) -> Figure:
-    """Share of each table's rows by width. rows: int64 [tables, chunks]."""
-    figure, axes = _figure(f"Rows by width{title}", "share of the table's rows", "", height=1.2 + 0.27 * len(tables))
-    totals = np.maximum(rows.sum(1), 1)
-    left = np.zeros(len(tables))
-    shades = np.linspace(0.25, 1.0, rows.shape[1])
-    for chunk in range(rows.shape[1]):
-        share = rows[:, chunk] / totals
-        axes.barh(range(len(tables)), share, left=left, color=BLUE, alpha=shades[chunk], label=f"{chunk + 1} chunk{'s' if chunk else ''}")
-        left += share
-    axes.set_yticks(range(len(tables)), [f"{table} ({count:,})" for table, count in zip(tables, rows.sum(1), strict=True)], fontsize=8)
-    axes.set_ylim(len(tables) - 0.5, -0.5)  # the first table on top
-    axes.set_xlim(0, 1)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+def widths_by_table(steps: Sequence[int], tables: Sequence[str], rows: np.ndarray, chunk: int, title: str) -> Figure:
+    """Left: mean dimensions of each table's rows over the steps. Right: how its rows divide into widths at the last one.
+
+    rows: int64 [steps, tables, chunks], rows by table and width; a table without a row is left white.
+    """
+    figure = Figure(figsize=(11, 1.6 + 0.27 * len(tables)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    figure.suptitle(f"Widths by table{title}", x=0.01, ha="left", fontsize=11)
+    chunks = rows.shape[2]
+    numbers = rows.sum(2)
+    with np.errstate(invalid="ignore"):
+        mean = (rows * np.arange(1, chunks + 1)).sum(2) * chunk / numbers
+    at = np.asarray(steps, np.float64)
+    edges = np.concatenate([[at[0] - (at[1] - at[0] if len(at) > 1 else 1)], at])  # a cell is the steps up to its report
+    left.pcolormesh(edges, np.arange(len(tables) + 1) - 0.5, mean.T, cmap=_SHADES, vmin=0, vmax=chunk * chunks)
+    left.set_title("mean dimensions of a resident row", loc="left", fontsize=10)
+    left.set_xlabel("step")
+    left.set_yticks(range(len(tables)), tables, fontsize=8)
+    start, totals = np.zeros(len(tables)), np.maximum(numbers[-1], 1)
+    for width in range(chunks):
+        share = rows[-1, :, width] / totals
+        colour = _shade((width + 1) / chunks)
+        right.barh(range(len(tables)), share, left=start, color=colour, height=0.9, label=f"{(width + 1) * chunk}")
+        start += share
+    for table, count in enumerate(numbers[-1]):
+        right.annotate(f"{count:,}", (1.02, table), va="center", fontsize=8, annotation_clip=False)
+    right.set_xlim(0, 1)
+    right.set_title(f"rows by dimensions at step {steps[-1]}", loc="left", fontsize=10)
+    right.set_xlabel("share of the table's rows; beside it, their number")
+    right.spines[["top", "right"]].set_visible(False)
+    figure.legend(*right.get_legend_handles_labels(), title="dimensions", loc="outside right upper", fontsize=9, frameon=False)
+    left.set_ylim(len(tables) - 0.5, -0.5)  # the first table on top
     return figure
 
 
-def importance_histogram(rows: np.ndarray, threshold: float, levels: Sequence[float], title: str) -> Figure:
-    """Rows by importance, and where the widths are cut. rows: int64 [2048], before the round."""
-    figure, axes = _figure(
-        f"Importance of resident rows at the last round{title}", "importance (decayed sum of frequency x gradient norm)", "rows per octave"
-    )
-    edges = bin_edges()[_GROUP::_GROUP]  # without the first group, which holds 0
-    grouped = rows.reshape(-1, _GROUP).sum(1)[1:] / np.diff(np.log2(edges))  # bins are even within an octave, not on a log axis
-    used = np.flatnonzero(grouped)
-    if len(used):
-        first, last = used[0], used[-1] + 1
-        axes.stairs(grouped[first:last], edges[first : last + 1], color=BLUE, fill=False)
-        axes.stairs(grouped[first:last], edges[first : last + 1], color=SKY, fill=True, alpha=0.5)
-        axes.set_ylim(0, 1.7 * grouped.max())  # room for the names of the lines
+def importance_histogram(rows: np.ndarray, threshold: float, levels: Sequence[float], chunk: int, kind: str, title: str) -> Figure:
+    """Rows by importance of a kind, coloured by the width it earns them. rows: int64 [2048], before the round."""
+    figure, axes = _figure(f"Importance of resident rows at the last round{title}", f"importance ({_IMPORTANCE[kind]})", "rows per octave")
+    edges = bin_edges()
+    middles = ((edges[:-1] + edges[1:]) / 2).astype(np.float32)
+    widths = width_of(middles, threshold, levels)
+    drawn = edges[_GROUP::_GROUP]  # without the first group, which holds 0
+    per_octave = np.diff(np.log2(drawn))  # bins are even within an octave, not on a log axis
+    below = np.zeros(len(per_octave))
+    for width in range(len(levels) + 1):
+        mine = np.where(widths == width, rows, 0)
+        name = f"{width * chunk} dimensions: {mine.sum():,} rows" if width else f"below the threshold: {mine.sum():,} rows"
+        top = below + mine.reshape(-1, _GROUP).sum(1)[1:] / per_octave
+        axes.stairs(top, drawn, baseline=below, fill=True, color=_shade(width / len(levels)) if width else GREY, label=name)
+        below = top
+    used = np.flatnonzero(below)
     axes.set_xscale("log")
-    for width, level in enumerate(levels, 1):
+    if len(used):
+        axes.set_xlim(drawn[max(0, used[0] - 1)], drawn[min(len(drawn) - 1, used[-1] + 2)])
+    for number, level in enumerate(levels):
         if threshold > 0:
-            axes.axvline(threshold * level, color=RED, linewidth=1.5 if width == 1 else 0.8, linestyle="-" if width == 1 else ":")
-            name = f"width 1: threshold {threshold:.2g}" if width == 1 else f"width {width}"
-            axes.annotate(
-                name,
-                (threshold * level, 0.99),
-                xycoords=("data", "axes fraction"),
-                color=RED,
-                fontsize=8,
-                rotation=90,
-                va="top",
-                ha="right",
-            )
+            axes.axvline(threshold * level, color=RED, linewidth=0.8 if number else 2, linestyle=":" if number else "-")
+    if threshold > 0:
+        axes.plot([], [], color=RED, linewidth=2, label=f"threshold {threshold:.2g}")
+    axes.legend(loc="upper right", fontsize=9, frameon=False)
     return figure
 
 
@@ -113,6 +143,10 @@ def hit_rate(steps: Sequence[int], values: Series, title: str) -> Figure:
     figure, axes = _figure(f"Lookups that find a row{title}", "step", "share of lookups")
     found = axes.plot(steps, values["lookup/hit_rate"], color=GREEN, label="share of lookups")
     axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.label.set_color(GREEN)
+    share = values["lookup/hit_rate"][-1]
+    axes.annotate(f"{share:.1%}", (steps[-1], share), xytext=(0, -14), textcoords="offset points", color=GREEN, ha="right", fontsize=9)
     right = axes.twinx()
     right.spines["top"].set_visible(False)
     resident = right.plot(steps, values["rows/total"], color=GREY, label="rows resident")
@@ -133,6 +167,11 @@ def time_by_phase(steps: Sequence[int], values: Series, title: str) -> Figure:
     axes.set_ylim(0, 1.25 * float(np.quantile(np.sum(stacks, 0), 0.9)))  # the first steps wait for the data to start
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
+
+
+def _shade(share: float) -> tuple[float, float, float, float]:
+    """Colour of rows with this share of all dimensions."""
+    return _SHADES(share)
 
 
 def _figure(title: str, x: str, y: str, height: float = 4.0) -> tuple[Figure, Axes]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import ray
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes its time over an example
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

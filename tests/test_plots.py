@@ -28,17 +28,29 @@ def texts(figure: Figure) -> str:
 @pytest.mark.parametrize(
     ("figure", "wanted"),
     [
-        (plots.bytes_over_time(STEPS, VALUES, " (synthetic data)"), ["MiB", "budget", "payload", "128.0 MiB", "(synthetic data)"]),
+        (
+            plots.bytes_over_time(STEPS, VALUES, " (synthetic data)"),
+            ["MiB", "budget 16.0 MiB", "payload 2.0 MiB", "128.0 MiB (7.8%)", "(synthetic data)"],
+        ),
         (
             plots.quality_over_time(STEPS, VALUES, {"eval/auc": 0.77, "eval/ne": 0.79}, " (synthetic data)"),
             ["AUC", "test 0.7700", "test 0.7900"],
         ),
         (
-            plots.widths_by_table(["user", "item x user"], np.array([[5, 1], [0, 0]]), ""),
-            ["user (6)", "item x user (0)", "1 chunk", "2 chunks"],
+            plots.widths_by_table(STEPS, ["user", "item x user"], np.array([[[9, 9], [3, 1]]] * 2 + [[[5, 1], [0, 0]]]), 8, ""),
+            ["user", "item x user", "rows by dimensions at step 30", "6", "0", "8", "16"],
         ),
-        (plots.importance_histogram(np.arange(2048), 0.01, (1.0, 4.0), ""), ["threshold 0.01", "width 2", "rows per octave"]),
-        (plots.hit_rate(STEPS, VALUES, ""), ["share of lookups"]),
+        (
+            plots.importance_histogram(np.ones(2048, np.int64), 2.0**-20, (1.0, 4.0), 8, "frequency", ""),
+            [
+                "threshold 9.5e-07",
+                "below the threshold: 768 rows",
+                "8 dimensions: 64 rows",
+                "16 dimensions: 1,216 rows",
+                "number of lookups",
+            ],
+        ),
+        (plots.hit_rate(STEPS, VALUES, ""), ["share of lookups", "90.0%"]),
         (plots.time_by_phase(STEPS, VALUES, ""), ["route", "round", "ms per step"]),
     ],
 )
@@ -48,4 +60,4 @@ def test_a_plot_says_what_it_shows(figure: Figure, wanted: list[str]) -> None:
 
 
 def test_an_empty_histogram_can_be_drawn() -> None:
-    assert "rows per octave" in texts(plots.importance_histogram(np.zeros(2048, np.int64), 0.0, (1.0,), ""))
+    assert "rows per octave" in texts(plots.importance_histogram(np.zeros(2048, np.int64), 0.0, (1.0,), 4, "norm", ""))

@@ -147,11 +147,16 @@ def _restore_training(saved: Saved, worker: Worker) -> None:
         history = worker.history
         history.steps = tensor_of(found, "steps", (torch.int64,), where).tolist()
         history.values = {name[7:]: tensor.tolist() for name, tensor in found.items() if name.startswith("values/")}
+        if history.steps:
+            history.widths = list(tensor_of(found, "widths", (torch.int64,), where).numpy().copy())
         if "importance" in found:
             threshold = float(tensor_of(found, "threshold", (torch.float64,), where))
             history.importance = (threshold, tensor_of(found, "importance", (torch.int64,), where).numpy().copy())
     if any(len(series) > len(history.steps) for series in history.values.values()):
         raise CheckpointError(f"{where}: a series is longer than the steps")
+    shape = (worker.spec.tables, worker.spec.chunks)
+    if len(history.widths) != len(history.steps) or any(each.shape != shape for each in history.widths):
+        raise CheckpointError(f"{where}: widths are wanted for {len(history.steps)} steps, {shape[0]} tables, {shape[1]} widths")
 
 
 def _restore_of_worker(saved: Saved, worker: Worker) -> None:
@@ -238,6 +243,8 @@ def _history_tensors(worker: Worker) -> dict[str, Tensor]:
     history = worker.history
     out = {f"values/{name}": torch.tensor(series, dtype=torch.float64) for name, series in history.values.items()}
     out["steps"] = torch.tensor(history.steps, dtype=torch.int64)
+    if history.widths:
+        out["widths"] = torch.from_numpy(np.stack(history.widths))
     if history.importance is not None:
         out["threshold"] = torch.tensor(history.importance[0], dtype=torch.float64)
         out["importance"] = torch.from_numpy(np.ascontiguousarray(history.importance[1])).clone()

@@ -65,6 +65,7 @@ class Worker:
     decider: Decider
     writer: Writer | None = None  # of rank 0
     tell: Callable[[str], None] = lambda text: None  # progress, for a person
+    scored: Callable[[dict[str, float]], None] = lambda values: None  # called on every worker, with the same values, at `eval_every`
     history: History = field(default_factory=History)
     distinct_ids: int | None = None  # of the training data; only methods whose rows are shared by ids need it, for their metrics
 
@@ -126,8 +127,10 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: 
                 if worker.step % config.tracking.log_every == 0:
                     report(worker)
                 worker.training_seconds += time.perf_counter() - clock
-                if test and config.train.eval_every and worker.step % config.train.eval_every == 0:
-                    _log(worker, {f"eval/{name}": value for name, value in evaluate(worker, test()).items()})
+                if config.train.eval_every and worker.step % config.train.eval_every == 0:
+                    scores = _scores(worker, test)
+                    _log(worker, scores)
+                    worker.scored(worker.history.last | scores)
                 clock = time.perf_counter()
                 worker.position = Position(epoch, worker.position.batch + 1)
                 if saver and (values := saver.after_step()) is not None:
@@ -135,11 +138,7 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: 
         if config.train.max_steps is not None and worker.step >= config.train.max_steps:
             break
         worker.position = Position(epoch + 1)
-    results = (
-        {f"progressive/{name}": value for name, value in _shared(worker, worker.progressive).items()} if config.train.progressive else {}
-    )
-    if test:
-        results |= {f"eval/{name}": value for name, value in evaluate(worker, test()).items()}
+    results = _scores(worker, test)
     if worker.history.reported < len(worker.losses):
         report(worker)
     results["bytes/peak_of_run"] = max(worker.history.values["bytes/peak"])
@@ -258,6 +257,18 @@ def evaluate(worker: Worker, batches: Iterable[Batch]) -> dict[str, float]:
     return _shared(worker, metrics)
 
 
+def _scores(worker: Worker, test: Batches | None) -> dict[str, float]:
+    """What is known of the quality now: of all training batches so far, where they are scored, and of the test set, where there is one."""
+    scores = (
+        {f"progressive/{name}": value for name, value in _shared(worker, worker.progressive).items()}
+        if worker.config.train.progressive
+        else {}
+    )
+    if test:
+        scores |= {f"eval/{name}": value for name, value in evaluate(worker, test()).items()}
+    return scores
+
+
 def report(worker: Worker) -> dict[str, float]:
     """Share and log what the last steps did; returns it, the same on every worker."""
     now, sent = time.perf_counter(), worker.bytes_sent
@@ -274,7 +285,7 @@ def report(worker: Worker) -> dict[str, float]:
     values |= {f"ahead/{phase}": seconds / steps for phase, seconds in worker.times_ahead.take().items()}
     values["speed/samples_per_s"] = (worker.samples - samples) / max(1e-9, now - clock)
     worker.history.reported = len(worker.losses)
-    worker.history.add(worker.step, values)
+    worker.history.add(worker.step, values, totals.rows_by_width)
     worker.last_totals, worker.last_lookups = totals, (totals.lookups, totals.hits)
     worker.window_start = (now, worker.samples, sent)
     worker.window.reset()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fiited_ray import plots
 from fiited_ray.methods import store_tables
 
@@ -21,8 +23,9 @@ def log_plots(writer: RunWriter, worker: Worker, final: dict[str, float], synthe
     writer.figure("plots/quality.png", plots.quality_over_time(steps, values, final, title))
     writer.figure("plots/hit_rate.png", plots.hit_rate(steps, values, title))
     writer.figure("plots/time.png", plots.time_by_phase(steps, values, title))
-    if worker.last_totals is not None:
-        writer.figure("plots/widths.png", plots.widths_by_table(store_tables(config), worker.last_totals.rows_by_width, title))
+    rows = np.stack(history.widths)
+    writer.figure("plots/widths.png", plots.widths_by_table(steps, store_tables(config), rows, worker.spec.chunk, title))
     if history.importance is not None:
-        threshold, rows = history.importance
-        writer.figure("plots/importance.png", plots.importance_histogram(rows, threshold, worker.spec.levels, title))
+        threshold, by_bin = history.importance
+        figure = plots.importance_histogram(by_bin, threshold, worker.spec.levels, worker.spec.chunk, worker.spec.importance, title)
+        writer.figure("plots/importance.png", figure)

@@ -73,6 +73,7 @@ class History:
     reported: int = 0  # steps whose loss has been reported
     steps: list[int] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
+    widths: list[np.ndarray] = field(default_factory=list)  # rows by table and width, int64 [tables, chunks], at the same steps
     importance: tuple[float, np.ndarray] | None = None  # threshold and rows by importance bin, at the last round
 
     @property
@@ -80,10 +81,11 @@ class History:
         """The latest values."""
         return {name: series[-1] for name, series in self.values.items()}
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
+    def add(self, step: int, values: Mapping[str, float], rows_by_width: np.ndarray) -> None:
         """Add a report; a name that reports before this one lacked, at first or in between, is NaN there."""
         for name, value in values.items():
             series = self.values.setdefault(name, [])
             series += [float("nan")] * (len(self.steps) - len(series))
             series.append(value)
         self.steps.append(step)
+        self.widths.append(rows_by_width)

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from fiited_ray.data.files import Files
 from fiited_ray.data.reader import data_config
 from fiited_ray.exchange import make_exchange
 from fiited_ray.summary import summary
+from fiited_ray.tracked_data import inputs_of
+from fiited_ray.tracked_model import log_model
+from fiited_ray.tracked_system import watching
 from fiited_ray.train.loop import Batches, Worker, fit_budget, train
 from fiited_ray.train.plan import Plan
 from fiited_ray.train.plots_of_run import log_plots
@@ -41,23 +44,42 @@ class Outcome:
     run: tracking.RunRef
 
 
-def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
+def connect(workers: int) -> None:
+    """Join the cluster of a submitted job, or start Ray on this machine, unless this process is already connected."""
+    if ray.is_initialized():
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    else:  # workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores
+        cpus = max(os.cpu_count() or 1, workers + 2)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def run(
+    plan: Plan,
+    progress: Callable[[str], None] = print,
+    *,
+    name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Outcome:
     """Train on Ray Train workers and log to MLflow. Starts Ray on this machine unless it is already connected.
+
+    Args:
+        name: what MLflow calls the run, where that is not the configuration's name.
+        tags: of the MLflow run, beside its own.
+        callbacks: `ray.train.UserCallback`s, told of what the workers report at `train.eval_every` and at the end.
 
     Raises:
         RuntimeError: with the first worker's error.
     """
     config = plan.config
     workers = config.train.workers
-    if not ray.is_initialized():
-        if address := os.environ.get("RAY_ADDRESS"):  # a submitted job's cluster
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:  # workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores
-            cpus = max(os.cpu_count() or 1, workers + 2)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    connect(workers)
     synthetic = plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic)
+    own_tags = {"method": config.method, "budget": str(config.budget), "synthetic_data": str(synthetic)}
     before = resume_point(config, plan.files)
-    run_ref = tracking.open_run(config, {"synthetic_data": str(synthetic)}, before.run if before else None)
+    run_ref = tracking.open_run(config, {**own_tags, **(tags or {})}, before.run if before else None, inputs_of(plan), name)
     if before:
         progress(f"goes on from {before.folder.path}, step {before.step:,}")
     coordinator = start_coordinator(config.policy, workers)
@@ -77,6 +99,7 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
             storage_path=storage_path(config),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep + config.checkpoint.incremental),
             failure_config=ray.train.FailureConfig(max_failures=config.checkpoint.restarts),
+            callbacks=list(callbacks),
         ),
     )
     finished = threading.Event()
@@ -98,6 +121,8 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
     assert result.metrics is not None
     folder = checkpoint.Folder(result.checkpoint.filesystem, result.checkpoint.path)
     outcome = Outcome(result.metrics, f"{storage_path(config)}/{config.name}/{folder.name}", run_ref)
+    if config.tracking.log_model:
+        log_model(run_ref, plan, outcome.model_folder, outcome.metrics)
     tracking.describe(run_ref, f"```\n{summary(plan, outcome)}\n```")
     tracking.finish(run_ref, "FINISHED")
     return outcome
@@ -133,6 +158,7 @@ def _work(setup: dict[str, Any]) -> None:
     tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
     decider = RemoteDecider(setup["coordinator"], rank)
     worker = Worker(config, plan.budget_bytes, make_exchange(), decider, writer, tell, distinct_ids=plan.distinct_ids)
+    worker.scored = lambda values: ray.train.report({**values, "step": worker.step})
 
     restore_last(worker, setup["lineage"], plan.files)
 
@@ -145,10 +171,11 @@ def _work(setup: dict[str, Any]) -> None:
     test = open_files("test", plan.test_files, batch_size * 4, lambda: 0) if plan.test_files else None
     training = open_files("train", plan.files, batch_size, lambda: worker.position.batch, config.data.max_rows)
     saver = checkpoint.Saver(worker, checkpoint.RayPublisher(), setup["lineage"], list(plan.files.rows))
-    metrics = train(worker, training, test, saver)
+    with watching(setup["run"], config.tracking.system_every if rank == 0 else 0):
+        metrics = train(worker, training, test, saver)
     if writer is not None:
         log_plots(writer, worker, metrics, plan.files.synthetic)
-    saver.save(finished=True, metrics=metrics)
+    saver.save(finished=True, metrics={**metrics, "step": worker.step})
     saver.wait()
 
 
