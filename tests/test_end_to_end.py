@@ -13,7 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fiited_ray.config import Budget, Config, ConfigError, DataConfig, EmbeddingConfig, ModelConfig, TrackingConfig, TrainConfig
+from fiited_ray.config import (
+    Budget,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EmbeddingConfig,
+    ModelConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from fiited_ray.data import DataError
 from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
 from fiited_ray.summary import summary
@@ -130,9 +140,8 @@ def test_a_workers_error_reaches_the_driver_with_its_cause_and_the_run_is_marked
     values[2500] = np.nan
     table = table.set_column(table.schema.names.index("d1"), "d1", pa.array(values, pa.float32(), from_pandas=False))
     pq.write_table(table, tmp_path / "bad.parquet")
-    bad = dataclasses.replace(
-        config, name="bad", budget=Budget(), data=dataclasses.replace(config.data, train=(str(tmp_path / "bad.parquet"),))
-    )
+    data = dataclasses.replace(config.data, train=(str(tmp_path / "bad.parquet"),))
+    bad = dataclasses.replace(config, name="bad", budget=Budget(), data=data, checkpoint=CheckpointConfig(restarts=0))
     with pytest.raises(RuntimeError, match="dense column 'd1', row"):
         run(make_plan(bad))
     client = mlflow.MlflowClient(config.tracking.uri)
