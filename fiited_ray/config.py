@@ -25,6 +25,9 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
+_DERIVED = {"derived": True}  # metadata of a field that is no key: it follows from others
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and says what to do."""
 
@@ -109,6 +112,10 @@ class DataConfig:
     time: str | None = None  # rows are read in this column's order
     max_rows: int | None = None  # read no more training rows than this
     reader: Literal["arrow", "ray"] = "arrow"  # arrow: each worker reads the files itself; ray: through Ray Data, which can also sort
+    # a label that is not 0 or 1, a dense value, weight or binned number that is not finite, the id that stands for null: the run ends
+    # with an error that names the row; or the row is left out, counted as data/skipped_rows, and named in the log
+    bad_rows: Literal["error", "skip"] = "error"
+    seed: int = field(default=0, metadata=_DERIVED)  # keys the hash of strings and crosses; Config sets it to the run's
 
     def __post_init__(self) -> None:
         names = [*self.dense, *self.categorical, *self.multi_hot, self.label]
@@ -246,6 +253,11 @@ class TrainConfig:
     lr: float = 0.001
     eval_every: int | None = None  # steps; the test set is always scored at the end
     progressive: bool = False  # score each batch before learning from it
+    debug: bool = False  # check every invariant of the store after each step, naming the row that breaks one: slow
+    # a loss or gradient that is not finite: the run ends before a row learns from it; or the step, or the bag, is skipped and counted
+    not_finite: Literal["error", "skip"] = "error"
+    stall_seconds: float = 60.0  # when no step ends for so long, every worker writes its stacks to OUTPUT/NAME/logs
+    timeout_seconds: float = 600.0  # when none ends for so long, the worker gives up, and with it the attempt
     overlap: int = 0  # 1: check and route the next batch in a thread while this one is in the model; results are the same
 
     def __post_init__(self) -> None:
@@ -257,6 +269,11 @@ class TrainConfig:
         _require(self.max_steps is None or self.max_steps > 0, "train.max_steps must be above 0", self.max_steps)
         _require(self.eval_every is None or self.eval_every > 0, "train.eval_every must be above 0", self.eval_every)
         _require(self.lr > 0, "train.lr must be above 0", self.lr)
+        _require(
+            0 < self.stall_seconds < self.timeout_seconds,
+            "train.stall_seconds must be above 0 and below train.timeout_seconds",
+            (self.stall_seconds, self.timeout_seconds),
+        )
 
 
 @dataclass(frozen=True)
@@ -314,6 +331,7 @@ class Config:
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", dataclasses.replace(self.data, seed=self.seed))
         _require(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name) is not None,
             "name: letters, digits, '.', '_' and '-' only, not '.' first",
@@ -433,7 +451,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
 def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(f"{key or 'config'}: a group of keys is wanted, not {value!r}")
-    hints = typing.get_type_hints(kind)
+    derived = {each.name for each in dataclasses.fields(kind) if each.metadata == _DERIVED}
+    hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name not in derived}
     for name in value:
         if name not in hints:
             close = difflib.get_close_matches(str(name), hints, 1)
@@ -449,7 +468,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Budget):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value) if each.metadata != _DERIVED}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
