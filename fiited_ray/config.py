@@ -253,12 +253,12 @@ class TrainConfig:
     lr: float = 0.001
     eval_every: int | None = None  # steps; the test set is always scored at the end
     progressive: bool = False  # score each batch before learning from it
+    overlap: int = 0  # 1: check and route the next batch in a thread while this one is in the model; results are the same
     debug: bool = False  # check every invariant of the store after each step, naming the row that breaks one: slow
     # a loss or gradient that is not finite: the run ends before a row learns from it; or the step, or the bag, is skipped and counted
     not_finite: Literal["error", "skip"] = "error"
     stall_seconds: float = 60.0  # when no step ends for so long, every worker writes its stacks to OUTPUT/NAME/logs
     timeout_seconds: float = 600.0  # when none ends for so long, the worker gives up, and with it the attempt
-    overlap: int = 0  # 1: check and route the next batch in a thread while this one is in the model; results are the same
 
     def __post_init__(self) -> None:
         _require(self.workers > 0 and self.threads > 0, "train: workers and threads must be above 0", (self.workers, self.threads))
@@ -304,6 +304,7 @@ class TrackingConfig:
     uri: str = field(default="sqlite:///mlflow.db", repr=False)
     experiment: str = "fiited-ray"
     log_every: int = 10  # steps
+    patience_seconds: float = 300.0  # training never waits for the store; a finished run waits so long for one that is away
 
     def __post_init__(self) -> None:
         _require(
@@ -312,6 +313,7 @@ class TrackingConfig:
             redact(self.uri),
         )
         _require(self.log_every > 0, "tracking.log_every must be above 0", self.log_every)
+        _require(self.patience_seconds >= 0, "tracking.patience_seconds must not be negative", self.patience_seconds)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ class ShardedEmbedding(nn.Module):
         mean: pool bags by their mean, not their sum.
         budget_bytes: of all shards together.
         ceiling_bytes: most that this worker may take of it.
+        skip_not_finite: a bag whose gradient is not finite teaches its rows nothing and is counted; else it is the store's error.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class ShardedEmbedding(nn.Module):
         budget_bytes: int | None = None,
         ceiling_bytes: int | None = None,
         times: PhaseTimes | None = None,
+        skip_not_finite: bool = False,
     ) -> None:
         super().__init__()
         self.shard = shard
@@ -124,6 +126,8 @@ class ShardedEmbedding(nn.Module):
         self.budget_bytes = budget_bytes
         self.ceiling_bytes = ceiling_bytes
         self.times = times or PhaseTimes()
+        self.skip_not_finite = skip_not_finite
+        self.skipped_bags = 0  # whose gradient was not finite
         self.step = 0  # training batches seen
         self.totals: StepTotals | None = None  # of the last training batch
         self._peak_bytes = 0
@@ -154,6 +158,8 @@ class ShardedEmbedding(nn.Module):
         asked = exchange.all_to_all(wanted, send, receive)
         merged = ops.dedup_keys(asked[:, 0].contiguous(), (asked[:, 1] >> 32).int(), asked[:, 1].int())
         all_rows, all_lookups = told[:, 1:].sum(0).tolist()
+        if all_lookups >= 2**31:  # counts of lookups are 32-bit numbers
+            raise ValueError(f"a global batch has {all_lookups:,} ids; fewer than 2**31 are possible: lower train.batch_size")
         return Route(all_rows, all_lookups, local.inverse, send, receive, *merged)
 
     def forward(self, batch: Batch, route: Route | None = None) -> Tensor:
@@ -244,6 +250,10 @@ class ShardedEmbedding(nn.Module):
         """Take the gradient of the pooled vectors [B, F, D] to the rows' owners, who update."""
         spec, route = self.shard.spec, reading.route
         grad_pooled = grad_pooled.contiguous()
+        if self.skip_not_finite and not bool(torch.isfinite(grad_pooled).all()):
+            odd = ~torch.isfinite(grad_pooled).all(2, keepdim=True)
+            self.skipped_bags += int(odd.sum())
+            grad_pooled = grad_pooled.masked_fill(odd, 0.0)
         if self.exchange.workers == 1:
             with self.times.phase("update"):
                 norms = self._lookup_norms(grad_pooled, reading)

@@ -101,8 +101,7 @@ class Collator:
             if odd.any():
                 row = int(odd.argmax())
                 raise DataError(
-                    f"{where}: dense column {name!r}, row {row}: {values[row]}; clean the data, leave the value null if it is missing, or "
-                    "set data.bad_rows=skip",
+                    f"{where}: dense column {name!r}, row {row}: {values[row]}; clean the data, or leave the value null if it is missing",
                     row,
                     odd,
                 )
@@ -144,11 +143,9 @@ def _scalar_ids(array: pa.Array, name: str, where: str, key: int, owners: Tensor
     if reserved is not None and bool(reserved.any()):
         faulty = torch.zeros(len(ids) if rows is None else rows, dtype=torch.bool)
         faulty[reserved if owners is None else owners[reserved]] = True
-        row = int(faulty.nonzero()[0])
+        row, text = int(faulty.nonzero()[0]), "2**63" if pa.types.is_uint64(array.type) else "-2**63"
         raise DataError(
-            f"{where}: column {name!r}, row {row}: the id -2**63 (unsigned: 2**63) stands for a missing value; write null instead",
-            row,
-            faulty.numpy(),
+            f"{where}: column {name!r}, row {row}: the id {text} stands for a missing value; write null instead", row, faulty.numpy()
         )
     return ids
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fiited_ray import plots
 
 if TYPE_CHECKING:
-    from fiited_ray.tracking import RunWriter
+    from fiited_ray.run_writer import RunWriter
     from fiited_ray.train.loop import Worker
 
 

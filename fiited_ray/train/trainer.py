@@ -22,11 +22,14 @@ from fiited_ray.data import parquet_batches, ray_batches, ray_dataset
 from fiited_ray.data.files import Files
 from fiited_ray.data.reader import data_config
 from fiited_ray.exchange import make_exchange
+from fiited_ray.logs import log_folder, logging_as
+from fiited_ray.run_writer import RunWriter
 from fiited_ray.summary import summary
 from fiited_ray.train.loop import Batches, Worker, fit_budget, train
 from fiited_ray.train.plan import Plan
 from fiited_ray.train.plots_of_run import log_plots
 from fiited_ray.train.resume import resume_point, storage_path
+from fiited_ray.watchdog import Watchdog
 
 _POLL_SECONDS = 1.0
 _LOST_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)", re.IGNORECASE)
@@ -72,6 +75,7 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
         datasets=datasets,
         dataset_config=data_config(),
+        torch_config=ray.train.torch.TorchConfig(timeout_s=int(config.train.timeout_seconds)),
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=storage_path(config),
@@ -129,9 +133,13 @@ def _work(setup: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.train.threads)
-    writer = tracking.RunWriter(setup["run"]) if rank == 0 else None
+    logs = log_folder(config.output, config.name)
+    journal = logs / "metrics-not-in-mlflow.jsonl" if logs is not None else None
+    writer = RunWriter(setup["run"], config.tracking.patience_seconds, journal) if rank == 0 else None
     tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
-    worker = Worker(config, plan.budget_bytes, make_exchange(), RemoteDecider(setup["coordinator"], rank), writer, tell)
+    worker = Worker(
+        config, plan.budget_bytes, make_exchange(config.train.timeout_seconds), RemoteDecider(setup["coordinator"], rank), writer, tell
+    )
 
     restore_last(worker, setup["lineage"], plan.files)
 
@@ -144,11 +152,16 @@ def _work(setup: dict[str, Any]) -> None:
     test = open_files("test", plan.test_files, batch_size * 4, lambda: 0) if plan.test_files else None
     training = open_files("train", plan.files, batch_size, lambda: worker.position.batch, config.data.max_rows)
     saver = checkpoint.Saver(worker, checkpoint.RayPublisher(), setup["lineage"], list(plan.files.rows))
-    metrics = train(worker, training, test, saver)
+    watchdog = Watchdog(config.train.stall_seconds, config.train.timeout_seconds, rank, logs)
+    with logging_as(rank, lambda: worker.step, logs, config.train.debug), watchdog:
+        worker.beat = watchdog.beat
+        metrics = train(worker, training, test, saver)
     if writer is not None:
         log_plots(writer, worker, metrics, plan.files.synthetic)
     saver.save(finished=True, metrics=metrics)
     saver.wait()
+    if writer is not None:
+        writer.close()
 
 
 def restore_last(worker: Worker, lineage: str, files: Files) -> None:
