@@ -79,7 +79,7 @@ def open_run(config: Config, tags: Mapping[str, str], run_id: str | None) -> Run
     uri = absolute_uri(config.tracking.uri)
     if run_id is not None:
         check_address(uri)
-        with _redacting(uri, ConfigError):
+        with redacting(uri, ConfigError):
             client = MlflowClient(uri)
             try:
                 run = client.get_run(run_id)
