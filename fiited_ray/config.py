@@ -243,7 +243,7 @@ class ModelConfig:
 class TrainConfig:
     """The loop."""
 
-    workers: int = 2
+    workers: int | tuple[int, int] = 2  # or [fewest, most]: as many as the cluster has room for; the run goes on with fewer or more
     threads: int = 1  # per worker
     use_gpu: bool = False
     batch_size: int = 4096  # rows of one step, over all workers
@@ -259,12 +259,16 @@ class TrainConfig:
     not_finite: Literal["error", "skip"] = "error"
     stall_seconds: float = 60.0  # when no step ends for so long, every worker writes its stacks to OUTPUT/NAME/logs
     timeout_seconds: float = 600.0  # when none ends for so long, the worker gives up, and with it the attempt
+    grace_seconds: float = 60.0  # a run that is told to end (SIGTERM) saves and ends within this time
+    resize_seconds: float = 60.0  # with [fewest, most] workers: how often it is looked whether there is room for more
 
     def __post_init__(self) -> None:
-        _require(self.workers > 0 and self.threads > 0, "train: workers and threads must be above 0", (self.workers, self.threads))
+        pair = isinstance(self.workers, tuple)
+        _require(not pair or self.fewest_workers <= self.most_workers, "train.workers: write [fewest, most]", self.workers)
+        _require(self.fewest_workers > 0 and self.threads > 0, "train: workers and threads must be above 0", (self.workers, self.threads))
         _require(self.overlap in (0, 1), "train.overlap must be 0 or 1", self.overlap)
-        _require(self.workers <= 1024, "train.workers: at most 1024, one for each virtual bucket", self.workers)
-        _require(self.batch_size >= self.workers, "train.batch_size must give each worker a row", self.batch_size)
+        _require(self.most_workers <= 1024, "train.workers: at most 1024, one for each virtual bucket", self.workers)
+        _require(self.batch_size >= self.most_workers, "train.batch_size must give each worker a row", self.batch_size)
         _require(self.epochs > 0, "train.epochs must be above 0", self.epochs)
         _require(self.max_steps is None or self.max_steps > 0, "train.max_steps must be above 0", self.max_steps)
         _require(self.eval_every is None or self.eval_every > 0, "train.eval_every must be above 0", self.eval_every)
@@ -274,6 +278,19 @@ class TrainConfig:
             "train.stall_seconds must be above 0 and below train.timeout_seconds",
             (self.stall_seconds, self.timeout_seconds),
         )
+        _require(
+            self.grace_seconds > 0 and self.resize_seconds > 0,
+            "train: grace_seconds and resize_seconds must be above 0",
+            (self.grace_seconds, self.resize_seconds),
+        )
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
 
 
 @dataclass(frozen=True)
@@ -419,7 +436,9 @@ def _build(kind: Any, value: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _build(next(arg for arg in args if arg is not type(None)), value, key)
+        choices = [arg for arg in args if arg is not type(None)]
+        listed = [arg for arg in choices if typing.get_origin(arg) is tuple] if isinstance(value, list | tuple) else []
+        return _build((listed or choices)[0], value, key)
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")

@@ -128,6 +128,8 @@ class ShardedEmbedding(nn.Module):
         self.times = times or PhaseTimes()
         self.skip_not_finite = skip_not_finite
         self.skipped_bags = 0  # whose gradient was not finite
+        self.stop_asked = False  # this worker is to end
+        self.stop_agreed = False  # some worker is, as all of them know since the last training batch
         self.step = 0  # training batches seen
         self.totals: StepTotals | None = None  # of the last training batch
         self._peak_bytes = 0
@@ -216,8 +218,9 @@ class ShardedEmbedding(nn.Module):
         self.step += 1
         stats = self.shard.stats()
         self._peak_bytes = max(self._peak_bytes, stats.peak)
-        mine = torch.tensor([stats.planned, stats.refused, stats.asked_bytes])
-        totals = StepTotals(*self.exchange.all_reduce(mine).tolist())
+        mine = torch.tensor([stats.planned, stats.refused, stats.asked_bytes, int(self.stop_asked)])
+        *numbers, stops = self.exchange.all_reduce(mine).tolist()
+        totals, self.stop_agreed = StepTotals(*numbers), stops > 0
         if self.budget_bytes is not None:
             limit = shard_limit(self.budget_bytes, stats.planned, totals.planned_bytes, self.exchange.workers, self.ceiling_bytes)
             self.shard.set_limit(limit)

@@ -41,7 +41,7 @@ def summary(plan: Plan, outcome: Outcome) -> str:
     chunk = config.embedding.chunk
     widths = [f"{width * chunk} dims: {values[f'rows/width_{width}']:,.0f}" for width in range(1, config.embedding.dim // chunk + 1)]
     lines.append(f"  rows {values['rows/total']:,.0f} ({', '.join(widths)})")
-    lines.append(f"  training {values['speed/samples_per_s_of_run']:,.0f} samples/s with {config.train.workers} worker(s)")
+    lines.append(f"  training {values['speed/samples_per_s_of_run']:,.0f} samples/s with {values['run/workers']:.0f} worker(s)")
     lines += _slowest(values) + _left_out(values)
     lines.append(f"  model {outcome.model_folder}")
     if outcome.run.ui_command:

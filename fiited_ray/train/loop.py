@@ -42,6 +42,10 @@ class Writer(Protocol):
     def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
 
 
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """Training ends here because somebody asked for it; it can go on from this step."""
+
+
 class Saver(Protocol):
     """What takes checkpoints."""
 
@@ -140,6 +144,8 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: 
                 if saver and (values := saver.after_step()) is not None:
                     _log(worker, values)
                 worker.beat()
+                if worker.embedding.stop_agreed:
+                    raise Stopped(f"stopped after step {worker.step:,}")
         if config.train.max_steps is not None and worker.step >= config.train.max_steps:
             break
         worker.position = Position(epoch + 1)
@@ -152,6 +158,7 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: 
         report(worker)
     results["bytes/peak_of_run"] = max(worker.history.values["bytes/peak"])
     results |= {f"time_of_run/{phase}": seconds for phase, seconds in worker.history.seconds.items()}
+    results["run/workers"] = float(worker.exchange.workers)
     results["speed/samples_per_s_of_run"] = worker.samples / worker.training_seconds
     _log(worker, results)
     return worker.history.last | results
