@@ -27,6 +27,7 @@ from fiited_ray.store import ops
 from fiited_ray.store.shard import ALL_KEYS, Lookup, VhpiShard
 
 _MORE = 1.5  # a step may ask for this much more than the last one did
+_LONGEST_GRADIENT = 1e12  # of a bag: the squares of sums of many such are still finite
 _SPARE_ROWS = 64  # room for shards where more than the even part of the rows asks
 
 
@@ -103,7 +104,7 @@ class ShardedEmbedding(nn.Module):
         mean: pool bags by their mean, not their sum.
         budget_bytes: of all shards together.
         ceiling_bytes: most that this worker may take of it.
-        skip_not_finite: a bag whose gradient is not finite teaches its rows nothing and is counted; else it is the store's error.
+        skip_not_finite: a bag whose gradient is not finite, or longer than 1e12, teaches its rows nothing and is counted; else it is the store's error.
     """
 
     def __init__(
@@ -253,10 +254,11 @@ class ShardedEmbedding(nn.Module):
         """Take the gradient of the pooled vectors [B, F, D] to the rows' owners, who update."""
         spec, route = self.shard.spec, reading.route
         grad_pooled = grad_pooled.contiguous()
-        if self.skip_not_finite and not bool(torch.isfinite(grad_pooled).all()):
-            odd = ~torch.isfinite(grad_pooled).all(2, keepdim=True)
-            self.skipped_bags += int(odd.sum())
-            grad_pooled = grad_pooled.masked_fill(odd, 0.0)
+        if self.skip_not_finite:
+            odd = ~(torch.linalg.vector_norm(grad_pooled, dim=2, keepdim=True) <= _LONGEST_GRADIENT)  # NaN is odd, too
+            if bool(odd.any()):
+                self.skipped_bags += int(odd.sum())
+                grad_pooled = grad_pooled.masked_fill(odd, 0.0)
         if self.exchange.workers == 1:
             with self.times.phase("update"):
                 norms = self._lookup_norms(grad_pooled, reading)
