@@ -104,7 +104,7 @@ class ShardedEmbedding(nn.Module):
         mean: pool bags by their mean, not their sum.
         budget_bytes: of all shards together.
         ceiling_bytes: most that this worker may take of it.
-        skip_not_finite: a bag whose gradient is not finite, or longer than 1e12, teaches its rows nothing and is counted; else it is the store's error.
+        skip_not_finite: a bag whose gradient is not finite, or longer than 1e12, is counted and teaches nothing; else it is an error.
     """
 
     def __init__(
