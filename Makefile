@@ -74,10 +74,11 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.dependencies: pyproject.toml | $(VENV)/.python
+$(VENV)/.dependencies: pyproject.toml requirements.lock | $(VENV)/.python
 	@echo "==> installing dependencies: some minutes the first time, for PyTorch and Ray are large"
 	@$(call requirements,$(run_needs)) > $(VENV)/requirements.txt
-	@$(pip) install --quiet --requirement $(VENV)/requirements.txt
+	@sed -e '/--hash=/d' -e 's/ \\$$//' requirements.lock > $(VENV)/constraints.txt
+	@$(pip) install --quiet --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies setup.py $(kernels) $(headers)
@@ -88,5 +89,5 @@ $(VENV)/.built: $(VENV)/.dependencies setup.py $(kernels) $(headers)
 $(VENV)/.dev: $(VENV)/.dependencies
 	@echo "==> installing test and lint tools"
 	@$(call requirements,$(dev_needs)) > $(VENV)/requirements-dev.txt
-	@$(pip) install --quiet --requirement $(VENV)/requirements-dev.txt
+	@$(pip) install --quiet --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements-dev.txt
 	@touch $@
