@@ -36,16 +36,15 @@ from typing import Any
 import peers
 import torch
 import torch.distributed as dist
-from quality import distinct_by_table
 from settings import config_of
 
 from fiited_ray.ahead import ahead
 from fiited_ray.config import Config
 from fiited_ray.coordinator import GroupDecider, LocalDecider
-from fiited_ray.data import Batch, check_files, parquet_batches
+from fiited_ray.data import Batch, check_files, count_distinct, parquet_batches
 from fiited_ray.data.synthetic import SyntheticSpec
 from fiited_ray.exchange import make_exchange
-from fiited_ray.store import ShardSpec
+from fiited_ray.store.layout import dense_row_bytes
 from fiited_ray.train.loop import Worker, train
 
 SHARE = 1 / 16
@@ -123,7 +122,7 @@ def run_ours(task: Task, rank: int, pipe: Connection) -> None:
     system, config = task.system, task.config
     if system.workers > 1:
         dist.init_process_group("gloo", f"file://{task.folder}/store", rank=rank, world_size=system.workers)
-    row_bytes = ShardSpec.of(config, None).dense_row_bytes
+    row_bytes = dense_row_bytes(config.embedding)
     budget = None if system.share == 1 else int(sum(task.distinct) * row_bytes * system.share)
     decider = GroupDecider(config.policy) if system.workers > 1 else LocalDecider(config.policy)
     worker = Worker(config, budget, make_exchange(), decider)
@@ -270,7 +269,7 @@ def print_table(figures: dict[str, dict[str, Any]]) -> None:
 
 def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     files = check_files(config.data.train, config.data)
-    distinct = distinct_by_table(config)
+    distinct = count_distinct(check_files(config.data.train, config.data), config.data, config.data.max_rows)
     shares = [1.0, SHARE]
     kind = "synthetic" if files.synthetic else "real"
     print(f"{files.total_rows:,} rows of {kind} data, {sum(distinct):,} distinct ids, batches of {config.train.batch_size}", flush=True)

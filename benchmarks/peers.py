@@ -1,14 +1,15 @@
 """The same DLRM as others' libraries train it on a CPU: torch's sparse tables, and TorchRec's with FBGEMM's fused update.
 
 Both map an id to row `id modulo rows` of its table while the batch is made. Their dense part is the usual one (`torch.bmm`, then the
-lower triangle) unless they are asked to borrow ours; towers, their start and the dense optimizer are ours. They do nothing but train:
-no check of the batch, no metrics, no loss read back.
+lower triangle; `nn.Linear` and `nn.ReLU`) unless they are asked to borrow ours; the dense optimizer is ours. They do nothing but train: no
+check of the batch, no metrics, no loss read back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 from fiited_ray.config import Config
 from fiited_ray.data import Batch
 from fiited_ray.models import build_model
-from fiited_ray.models.towers import tower
 from fiited_ray.train.loop import dense_optimizer
 
 HOW_TO_INSTALL = "pip install -e '.[benchmarks]' && pip install --no-deps torchrec==1.8.0"
+
+
+def plain_tower(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers with a ReLU behind each."""
+    return nn.Sequential(*(layer for wide, next_wide in pairwise(widths) for layer in (nn.Linear(wide, next_wide), nn.ReLU(inplace=True))))
 
 
 class PlainDLRM(nn.Module):
@@ -28,11 +33,11 @@ class PlainDLRM(nn.Module):
 
     def __init__(self, dense_columns: int, features: int, dim: int, bottom: Sequence[int], top: Sequence[int]) -> None:
         super().__init__()
-        self.bottom = tower((dense_columns, *bottom, dim), last_relu=True) if dense_columns else None
+        self.bottom = plain_tower((dense_columns, *bottom, dim)) if dense_columns else None
         vectors = features + (1 if dense_columns else 0)
         rows, columns = torch.tril_indices(vectors, vectors, -1)
         self.register_buffer("pairs", rows * vectors + columns, persistent=False)
-        self.top = tower((len(rows) + (dim if dense_columns else 0), *top, 1), last_relu=False)
+        self.top = plain_tower((len(rows) + (dim if dense_columns else 0), *top, 1))[:-1]
 
     def forward(self, dense_BC: Tensor, vectors_BFD: Tensor) -> Tensor:
         parts = []

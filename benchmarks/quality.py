@@ -1,10 +1,10 @@
-"""Quality at a byte budget: ours beside whole-row pruning, the hashing trick and full width, by the same training loop.
+"""Quality of all methods at the same byte budgets, over seeds, by the same training loop.
 
-    python benchmarks/quality.py --config jobs/configs/goodbooks.yaml --budgets 10% 2% --seeds 0 1 2 --json FILE [key=value ...]
+    python benchmarks/quality.py --config jobs/configs/goodbooks.yaml --json FILE [key=value ...]
 
-Methods: `fiited` (widths by chunk), `rows` (one chunk: whole rows, as AdaEmbed prunes), `hash` (ids modulo a number of rows, plain
-full-width tables of exactly the budget, each table's share in proportion to its distinct ids), `full` (every id at full width). One
-process, one thread a run; budgets are shares of the dense-equivalent bytes (float32, whatever the store's dtype), everything counted.
+Each run is one process with one thread. Budgets are shares of the dense-equivalent bytes (float32, whatever the store's dtype), with
+everything counted; `full` has none and stands for 100 %, so that other methods are not run at 100 %. A budget that a method cannot do
+with is told and left out. FILE is written after each run; what is in it is not run again.
 """
 
 from __future__ import annotations
@@ -17,146 +17,160 @@ import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
-from fiited_ray.config import Budget, Config, load
+from fiited_ray.config import Budget, Config, ConfigError, load
 from fiited_ray.coordinator import LocalDecider
-from fiited_ray.data import Batch, check_files, parquet_batches
-from fiited_ray.data.statistics import DistinctSketch
+from fiited_ray.data import Batch, check_files, count_distinct, parquet_batches
 from fiited_ray.exchange import Solo
-from fiited_ray.store import ShardSpec
-from fiited_ray.store.ops import dedup_ids
+from fiited_ray.fitting import settle
+from fiited_ray.store.layout import dense_row_bytes
 from fiited_ray.train.loop import Worker, train
 
-METHODS = ("fiited", "rows", "hash")
+METHODS = get_args(get_type_hints(Config)["method"])
+BUDGETS = ("100%", "25%", "6.25%", "1.56%", "0.39%")
+
+Row = dict[str, Any]
 
 
-def distinct_by_table(config: Config) -> list[int]:
-    """Distinct ids of each table in the training data, to about 1 %."""
-    files = check_files(config.data.train, config.data)
-    sketches = [DistinctSketch() for _ in config.data.tables]
-    tables = torch.tensor(config.data.feature_tables, dtype=torch.int32)
-    for batch in parquet_batches(files, config.data, 65536, max_rows=config.data.max_rows):
-        found = dedup_ids(batch.ids, batch.offsets[batch.rows :: batch.rows].contiguous(), tables, 0, 1)
-        for table, sketch in enumerate(sketches):
-            mine = found.tables == table
-            sketch.add(found.keys[mine].numpy(), found.tables[mine].numpy())
-    return [sketch.estimate() for sketch in sketches]
+def run(config: Config, distinct: list[int]) -> Row:
+    """Train and score one method at one budget with one seed; returns its row of the results.
 
-
-def hashed(batches: Iterator[Batch], rows_of_feature: list[int]) -> Iterator[Batch]:
-    """The hashing trick: ids modulo their table's rows."""
-    for batch in batches:
-        ends = batch.offsets[batch.rows :: batch.rows].tolist()
-        parts = torch.tensor_split(batch.ids, ends[:-1])
-        ids = torch.cat([part % rows for part, rows in zip(parts, rows_of_feature, strict=True)])
-        yield dataclasses.replace(batch, ids=ids)
-
-
-def run(config: Config, method: str, share: float, seed: int, distinct: list[int]) -> dict[str, Any]:
-    """Train and score one method; returns a row of the table."""
+    Raises:
+        ConfigError: for a budget the method cannot do with.
+    """
     torch.set_num_threads(1)
-    chunk = config.embedding.dim if method == "rows" else config.embedding.chunk
-    workers = dataclasses.replace(config.train, workers=1)
-    config = dataclasses.replace(config, seed=seed, embedding=dataclasses.replace(config.embedding, chunk=chunk), train=workers)
-    row_bytes = ShardSpec.of(config, None).dense_row_bytes
-    dense_equivalent = sum(distinct) * row_bytes
-    budget = int(dense_equivalent * share)
-    rows_of_table = [max(1, int(count * share)) for count in distinct]
-    rows_of_feature = [rows_of_table[table] for table in config.data.feature_tables]
-    worker = Worker(config, budget if method in ("fiited", "rows") else None, Solo(), LocalDecider(config.policy))
+    share, dense_equivalent = config.budget.share, sum(distinct) * dense_row_bytes(config.embedding)
+    config, budget = settle(config, distinct)
+    worker = Worker(config, budget, Solo(), LocalDecider(config.policy), distinct_ids=sum(distinct))
     data, size = config.data, config.train.batch_size
 
     def batches(patterns: tuple[str, ...], role: str, rows: int | None = None) -> Iterator[Batch]:
-        read = parquet_batches(check_files(patterns, data, role), data, size, max_rows=rows)
-        return hashed(iter(read), rows_of_feature) if method == "hash" else iter(read)
+        return iter(parquet_batches(check_files(patterns, data, role), data, size, max_rows=rows))
 
     test = (lambda: batches(data.test, "data.test")) if data.test else None
     result = train(worker, lambda: batches(data.train, "data.train", data.max_rows), test)
     kind = "eval" if data.test else "progressive"
-    table_bytes = sum(rows_of_table) * row_bytes
     return {
-        "method": method,
+        "method": config.method,
         "budget": share,
-        "seed": seed,
+        "seed": config.seed,
         "auc": result[f"{kind}/auc"],
         "ne": result[f"{kind}/ne"],
         "logloss": result[f"{kind}/logloss"],
-        "parameters_kept": sum(rows_of_table) / sum(distinct) if method == "hash" else result["parameters/kept_share"],
-        "total_bytes": table_bytes if method == "hash" else result["bytes/total"],
-        "peak_bytes": table_bytes if method == "hash" else result["bytes/peak_of_run"],
-        "budget_bytes": None if method == "full" else budget,
+        "parameters_kept": result["parameters/kept_share"],
+        "total_bytes": result["bytes/total"],
+        "peak_bytes": result["bytes/peak_of_run"],
+        "budget_bytes": budget,
         "dense_equivalent_bytes": dense_equivalent,
         "samples_per_s": result["speed/samples_per_s_of_run"],
     }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'method':<8}{'budget':>8}{'seed':>6}{'AUC':>9}{'NE':>9}{'params kept':>13}{'MiB, all':>10}{'of budget':>11}{'samples/s':>11}")
-    for row in sorted(rows, key=lambda row: (-row["budget"], row["method"], row["seed"])):
-        used = f"{row['peak_bytes'] / row['budget_bytes']:.1%}" if row["budget_bytes"] else "-"
-        print(
-            f"{row['method']:<8}{row['budget']:>8.2%}{row['seed']:>6}{row['auc']:>9.4f}{row['ne']:>9.4f}{row['parameters_kept']:>13.2%}"
-            f"{row['total_bytes'] / 2**20:>10.1f}{used:>11}{row['samples_per_s']:>11,.0f}"
+def runs_of(config: Config, methods: list[str], budgets: list[str], seeds: list[int]) -> list[Config]:
+    """What is to be run, seed by seed."""
+    train = dataclasses.replace(config.train, workers=1, threads=1)
+    shares = [Budget.parse(text) for text in budgets]
+    if wrong := [text for text, budget in zip(budgets, shares, strict=True) if budget.share is None]:
+        raise ConfigError(f"--budgets: shares such as 6.25% are wanted, not {', '.join(wrong)}")
+    return [
+        dataclasses.replace(config, method=method, budget=budget, seed=seed, train=train)
+        for seed in seeds
+        for budget in shares
+        for method in methods
+        if (method == "full") == (budget.share == 1)
+    ]
+
+
+def key_of(method: str, budget: float | None, seed: int) -> tuple[str, float, int]:
+    return method, round(budget or 0, 9), seed
+
+
+def results_in(file: Path | None, settings: str) -> list[Row]:
+    """The rows that are there already.
+
+    Raises:
+        ConfigError: when they are of another configuration.
+    """
+    if file is None or not file.exists():
+        return []
+    rows: list[Row] = json.loads(file.read_text())
+    if other := {row["settings"] for row in rows} - {settings}:
+        raise ConfigError(f"--json {file}: holds results of {other.pop()!r}, not of {settings!r}; name another file")
+    return rows
+
+
+def run_missing(configs: list[Config], rows: list[Row], settings: str, file: Path | None) -> None:
+    """Add the rows that are missing, each in a process of its own, and write all of them after each."""
+    done = {key_of(row["method"], row["budget"], row["seed"]) for row in rows}
+    missing = [config for config in configs if key_of(config.method, config.budget.share, config.seed) not in done]
+    if not missing:
+        return
+    data = missing[0].data
+    distinct = count_distinct(check_files(data.train, data), data, data.max_rows)
+    print(f"{sum(distinct):,} distinct ids; {len(missing)} runs", flush=True)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for config in missing:
+            try:
+                row = pool.apply(run, (config, distinct))
+            except ConfigError as error:
+                print(f"{config.method} at {config.budget}, seed {config.seed}: left out. {error}", flush=True)
+                continue
+            rows.append(row | {"settings": settings})
+            print(
+                f"{row['method']} at {row['budget']:.2%}, seed {row['seed']}: AUC {row['auc']:.4f}, NE {row['ne']:.4f}, parameters kept "
+                f"{row['parameters_kept']:.2%}, {row['total_bytes'] / 2**20:.1f} MiB, {row['samples_per_s']:,.0f} samples/s",
+                flush=True,
+            )
+            if file:
+                file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: mean and sample standard deviation over seeds, and how far `fiited` leads at the same seed and budget."""
+    columns = ("method", "budget", "seeds", "AUC, mean ± sd", "`fiited` leads by, mean ± sd (least)", "NE, mean ± sd")
+    columns += ("parameters kept", "MiB, everything", "most at any step, of the budget", "samples/s")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    ours = {(row["budget"], row["seed"]): row["auc"] for row in rows if row["method"] == "fiited"}
+    cells = sorted({(-row["budget"], METHODS.index(row["method"])) for row in rows})
+    for budget, number in cells:
+        mine = [row for row in rows if row["budget"] == -budget and row["method"] == METHODS[number]]
+        leads = [ours[key] - row["auc"] for row in mine if (key := (row["budget"], row["seed"])) in ours]
+        lead = f"{spread(leads)} ({min(leads):.4f})" if leads and METHODS[number] != "fiited" else ""
+        used = "-" if mine[0]["budget_bytes"] is None else f"{max(row['peak_bytes'] / row['budget_bytes'] for row in mine):.1%}"
+        kept, size, speed = (statistics.mean(row[name] for row in mine) for name in ("parameters_kept", "total_bytes", "samples_per_s"))
+        lines.append(
+            f"| {METHODS[number]} | {-budget:.2%} | {len(mine)} | {spread([row['auc'] for row in mine])} | {lead} "
+            f"| {spread([row['ne'] for row in mine])} | {kept:.2%} | {size / 2**20:.1f} | {used} | {speed:,.0f} |"
         )
+    return "\n".join(lines)
 
 
-def print_summary(rows: list[dict[str, Any]]) -> None:
-    """Mean and sample standard deviation over seeds, and how far `fiited` leads the other methods at the same seed and bytes."""
-    by_kind: dict[tuple[float, str], dict[int, float]] = {}
-    for row in rows:
-        by_kind.setdefault((row["budget"], row["method"]), {})[row["seed"]] = row["auc"]
-    print(f"{'method':<8}{'budget':>8}{'seeds':>7}{'AUC, mean':>11}{'sd':>9}{'fiited leads by':>18}{'sd':>9}{'least':>9}")
-    for (budget, method), scores in sorted(by_kind.items(), key=lambda item: (-item[0][0], item[0][1])):
-        mean, spread = _mean_and_spread(list(scores.values()))
-        line = f"{method:<8}{budget:>8.2%}{len(scores):>7}{mean:>11.4f}{spread:>9}"
-        ours = by_kind.get((budget, "fiited"), {})
-        leads = [ours[seed] - score for seed, score in scores.items() if seed in ours]
-        if leads and method != "fiited":
-            mean, spread = _mean_and_spread(leads)
-            line += f"{mean:>18.4f}{spread:>9}{min(leads):>9.4f}"
-        print(line)
-
-
-def _mean_and_spread(values: list[float]) -> tuple[float, str]:
-    return statistics.mean(values), f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--budgets", nargs="+", default=["10%", "2%"])
-    parser.add_argument("--methods", nargs="+", default=["full", *METHODS], choices=["full", *METHODS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), help="shares of the dense-equivalent bytes; 100%% is `full`")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, help="results; what it holds already is not run again")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
-    config = load(arguments.config, arguments.overrides)
-    distinct = distinct_by_table(config)
-    print(f"{sum(distinct):,} distinct ids", flush=True)
-    shares = [share for text in arguments.budgets if (share := Budget.parse(text).share) is not None]
-    jobs = [(config, "full", 1.0, seed, distinct) for seed in arguments.seeds if "full" in arguments.methods]
-    jobs += [
-        (config, method, share, seed, distinct)
-        for seed in arguments.seeds
-        for share in shares
-        for method in arguments.methods
-        if method != "full"
-    ]
-    rows: list[dict[str, Any]] = []
-    with multiprocessing.get_context("spawn").Pool(arguments.processes, maxtasksperchild=1) as pool:
-        for job in [pool.apply_async(run, job) for job in jobs]:
-            rows.append(job.get())
-            print_table(rows[-1:])
-            if arguments.json:
-                arguments.json.write_text(json.dumps(rows, indent=1))
-    print()
-    print_table(rows)
-    print()
-    print_summary(rows)
+    settings = " ".join([arguments.config, *sorted(arguments.overrides)])
+    try:
+        configs = runs_of(load(arguments.config, arguments.overrides), arguments.methods, arguments.budgets, arguments.seeds)
+        rows = results_in(arguments.json, settings)
+        run_missing(configs, rows, settings, arguments.json)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{table(rows)}")
     return 0
 
 

@@ -38,7 +38,7 @@ from fiited_ray.data import Batch, check_files, count_distinct, parquet_batches
 from fiited_ray.data.synthetic import CATEGORICAL, DENSE, SyntheticSpec, write_synthetic
 from fiited_ray.exchange import Group, Solo, make_exchange
 from fiited_ray.policy import BINS, RoundState, ShardReport, decide, levels_of
-from fiited_ray.store import ShardSpec
+from fiited_ray.store.layout import dense_row_bytes
 from fiited_ray.train.loop import Worker, hold_round, train_step
 
 GLOBAL, PER_WORKER, TINY = 4096, 512, 8  # rows of a step: strong scaling, weak scaling, and next to none
@@ -91,7 +91,7 @@ class Watched(Group):
 def measure(case: Case, path: str, ids: int, rank: int, decider: Decider) -> dict[str, Any]:
     """Train, and measure the steps after the warm-up; the same on every worker."""
     config = configuration(path, case)
-    budget = None if case.share is None else int(case.share * ids * ShardSpec.of(config, None).dense_row_bytes)
+    budget = None if case.share is None else int(case.share * ids * dense_row_bytes(config.embedding))
     exchange = Watched(dist.new_group()) if case.workers > 1 else Solo()
     worker = Worker(config, budget, exchange, decider)
     files = check_files(config.data.train, config.data)
@@ -321,7 +321,7 @@ def main() -> int:
         if {"train", "wire", "constants"} & set(arguments.parts):
             path, _ = write_synthetic(Path(folder), SPEC)
             config = configuration(str(path), Case("strong", 1, GLOBAL, None))
-            ids = count_distinct(check_files(config.data.train, config.data), config.data)
+            ids = sum(count_distinct(check_files(config.data.train, config.data), config.data))
         for part in arguments.parts:
             if part == "train":
                 results["train"] = part_train(str(path), ids, folder, arguments.workers, results.get("train", {}))

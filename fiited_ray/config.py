@@ -185,6 +185,10 @@ class EmbeddingConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the stored vectors; arithmetic is float32
     init_scale: float = 0.01  # a new row is uniform in +-init_scale, from a hash of (seed, key, dimension)
     restore_scale: float = 0.0  # the same for a chunk that an existing row wins back
+    # what the budget leaves the methods that fix their rows beforehand; null: found by a pass over the training data
+    rows: dict[str, int] | None = None  # hash: rows of each table that has fewer than ids; qr: rows of its quotients
+    remainders: dict[str, int] | None = None  # qr: rows of the same tables' remainders
+    kept_dim: int | None = None  # uniform: dimensions of every row
 
     def __post_init__(self) -> None:
         _require(
@@ -196,6 +200,9 @@ class EmbeddingConfig:
         _require(self.lr > 0, "embedding.lr must be above 0", self.lr)
         _require(self.eps >= 0, "embedding.eps must not be negative", self.eps)
         _require(all(0 <= beta < 1 for beta in self.betas), "embedding.betas must be in [0, 1)", self.betas)
+        for key, counts in (("rows", self.rows), ("remainders", self.remainders)):
+            _require(all(count > 0 for count in (counts or {}).values()), f"embedding.{key} must be above 0", counts)
+        _require(self.kept_dim is None or 0 < self.kept_dim <= self.dim, "embedding.kept_dim must be from 1 to dim", self.kept_dim)
         _require(self.init_scale >= 0 and self.restore_scale >= 0, "embedding: init scales must not be negative", self.init_scale)
 
 
@@ -340,6 +347,10 @@ class Config:
     data: DataConfig
     name: str = "run"
     seed: int = 0
+    # what the budget is spent on: `fiited` widths by chunk; `adaembed` whole rows by frequency x gradient norm; `frequency` whole rows by
+    # number of lookups (neither heeds embedding.chunk or policy.importance); `hash` rows shared by ids modulo their number; `qr` products
+    # of a quotient's and a remainder's row; `uniform` one smaller dimension for all rows; `full` every id at full width, no budget
+    method: Literal["fiited", "adaembed", "frequency", "hash", "qr", "uniform", "full"] = "fiited"
     budget: Budget = Budget(share=1 / 16)
     output: str = "runs"  # checkpoints and the model go to OUTPUT/NAME; a folder, or an address such as s3://bucket/runs
     embedding: EmbeddingConfig = EmbeddingConfig()
@@ -357,6 +368,9 @@ class Config:
             self.name,
         )
         _require(self.data.time is None or self.train.epochs == 1, "train.epochs: time-ordered data is read once", self.train.epochs)
+        for key, counts in (("rows", self.embedding.rows), ("remainders", self.embedding.remainders)):
+            unknown = sorted(set(counts or {}) - set(self.data.tables))
+            _require(not unknown, f"embedding.{key}: no such table; those are {', '.join(self.data.tables)}", unknown)
         _require(
             self.model.kind != "dlrm" or len(self.data.features) > 1 or bool(self.data.dense),
             "model.kind: dlrm learns from pairs of vectors, and one feature without dense columns makes none; "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from fiited_ray.methods import chunk_of, chunks_of
+
 if TYPE_CHECKING:
     from fiited_ray.train.plan import Plan
     from fiited_ray.train.trainer import Outcome
@@ -38,8 +40,8 @@ def summary(plan: Plan, outcome: Outcome) -> str:
     lines.append(
         f"  bytes are {total / dense:.2%} of the dense equivalent; {1 - values['parameters/kept_share']:.2%} of the parameters are gone"
     )
-    chunk = config.embedding.chunk
-    widths = [f"{width * chunk} dims: {values[f'rows/width_{width}']:,.0f}" for width in range(1, config.embedding.dim // chunk + 1)]
+    chunk = chunk_of(config)
+    widths = [f"{width * chunk} dims: {values[f'rows/width_{width}']:,.0f}" for width in range(1, chunks_of(config) + 1)]
     lines.append(f"  rows {values['rows/total']:,.0f} ({', '.join(widths)})")
     lines.append(f"  training {values['speed/samples_per_s_of_run']:,.0f} samples/s with {values['run/workers']:.0f} worker(s)")
     lines += _slowest(values) + _left_out(values)

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         if given.kind == "synthetic":
-            spec = SyntheticSpec(given.rows, given.split, given.seed, given.skew, given.drift)
+            spec = SyntheticSpec(given.rows, given.split, given.seed, given.skew, given.drift, given.preference_drift)
             paths = write_synthetic(given.output, spec)
             print(f"wrote {spec.rows:,} synthetic rows: {', '.join(map(str, paths))}")
         else:
@@ -44,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--seed", type=int, default=SyntheticSpec.seed)
     synthetic.add_argument("--skew", type=float, default=SyntheticSpec.skew, help="exponent of the power law of ids")
     synthetic.add_argument(
-        "--drift", type=float, default=SyntheticSpec.drift, help="share of the ranks of ids renewed from first to last row"
+        "--drift", type=float, default=SyntheticSpec.drift, help="how often a rank of popularity goes to a new id, from first to last row"
+    )
+    synthetic.add_argument(
+        "--preference-drift", type=float, default=SyntheticSpec.preference_drift, help="quarter turns of what ids mean for the label"
     )
     for name in FORMATS:
         text = kinds.add_parser(name, help=f"{name.capitalize()}'s click log")

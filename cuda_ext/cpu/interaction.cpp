@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -10,155 +11,199 @@ namespace fiited {
 
 namespace {
 
-constexpr int kLanes = 16;  // of the widest vector
-constexpr int kRows = 6;    // of a block: enough sums to keep the multipliers busy, few enough for the registers
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kRows = 6;  // of a block: enough sums to keep the multipliers busy, few enough for the registers
 constexpr int64_t kBatchPerTask = 64;
+
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Numbers __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef float Anywhere __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef std::make_integer_sequence<int, kLanes> EachLane;
+
+inline Lanes load(const float* at) { return *reinterpret_cast<const Anywhere*>(at); }
+inline void store(float* at, Lanes x) { *reinterpret_cast<Anywhere*>(at) = x; }
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// out[row][lane] = sum over k of a[row][k] * b[k][lane], for kRows rows and as many lanes.
-template <int lanes>
-[[gnu::always_inline]] inline void multiply_block(int n, const float* a, int a_stride, const float* b, int b_stride, float* out,
-                                                  int out_stride) {
-  typedef float Lanes __attribute__((vector_size(lanes * sizeof(float))));
-  typedef float Anywhere __attribute__((vector_size(lanes * sizeof(float)), aligned(sizeof(float)), may_alias));
-  Lanes sums[kRows] = {};
+// A square of kLanes x kLanes numbers, a row in each vector.
+struct Tile {
+  Lanes rows[kLanes];
+
+  // Swaps rows and columns: in squares of 2 first, then of 4, up to the whole.
+  template <int half = 1>
+  void transpose() {
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) {
+      if ((row & half) == 0) exchange<half>(rows[row], rows[row + half], EachLane());
+    }
+    if constexpr (2 * half < kLanes) transpose<2 * half>();
+  }
+
+ private:
+  template <int half, int... lane>
+  static void exchange(Lanes& upper, Lanes& lower, std::integer_sequence<int, lane...>) {
+    const Lanes above = upper;
+    upper = __builtin_shufflevector(above, lower, (lane & half ? kLanes + lane - half : lane)...);
+    lower = __builtin_shufflevector(above, lower, (lane & half ? kLanes + lane : lane + half)...);
+  }
+};
+
+template <int... lane>
+constexpr Numbers counted(std::integer_sequence<int, lane...>) {
+  return Numbers{lane...};
+}
+
+// sums[row] = sum over k of left[row][k] * (kLanes numbers at right(k)).
+template <class Right>
+inline void multiply_block(int n, const float* const* left, Right&& right, Lanes (&sums)[kRows]) {
+  for (Lanes& sum : sums) sum = Lanes{};
   for (int k = 0; k < n; ++k) {
-    const Lanes right = *reinterpret_cast<const Anywhere*>(b + k * b_stride);
+    const Lanes numbers = load(right(k));
 #pragma GCC unroll 6
-    for (int row = 0; row < kRows; ++row) sums[row] += a[row * a_stride + k] * right;
+    for (int row = 0; row < kRows; ++row) sums[row] += left[row][k] * numbers;
   }
-#pragma GCC unroll 6
-  for (int row = 0; row < kRows; ++row) *reinterpret_cast<Anywhere*>(out + row * out_stride) = sums[row];
 }
 
-// What a task needs beside its input; rows and columns are padded with zeros to whole blocks.
-struct Scratch {
+// What a task needs beside its input. Rows and columns are padded to whole blocks: missing vectors are zero, and so are the numbers
+// behind a vector's end, for which it is copied where it is not a whole number of lanes long.
+class Scratch {
+ public:
   explicit Scratch(const Interaction& shape)
-      : vectors(round_up(round_up(shape.vectors_all(), kRows), kLanes)),
+      : count(round_up(round_up(shape.vectors_all(), kRows), kLanes)),
         dim(round_up(shape.dim, kLanes)),
-        rows(vectors * dim),
-        turned(vectors * dim),
-        products(vectors * vectors) {}
+        vectors(count),
+        square(size_t(count) * std::max(count, dim)),
+        packed(size_t(shape.width()) + count),
+        rows(size_t(count) * dim),
+        shape_(shape) {}
 
-  int vectors;
+  // Points `vectors` at those of a row of the batch.
+  void look_at(int64_t b) {
+    const int before = shape_.below != nullptr;
+    for (int i = 0; i < shape_.vectors_all(); ++i) {
+      const float* from = i < before ? shape_.below + b * shape_.dim : shape_.vectors + (b * shape_.vectors_in + i - before) * shape_.dim;
+      vectors[i] = shape_.dim == dim ? from : std::copy_n(from, shape_.dim, row(i)) - shape_.dim;
+    }
+    for (int i = shape_.vectors_all(); i < count; ++i) vectors[i] = row(i);
+  }
+
+  float* row(int i) { return rows.data() + size_t(i) * dim; }
+
+  int count;
   int dim;
-  std::vector<float> rows;      // [vectors][dim]
-  std::vector<float> turned;    // [dim][vectors]; backward: gradients by [vectors][dim]
-  std::vector<float> products;  // [vectors][vectors]
+  std::vector<const float*> vectors;  // [count]
+  std::vector<float> square;          // forward: the vectors by columns [dim][count]; backward: gradients of the products [count][count]
+  std::vector<float> packed;          // a row of the result, or its gradient
+  std::vector<float> rows;            // [count][dim]
+
+ private:
+  const Interaction& shape_;
 };
 
-const float* vector_of(const Interaction& shape, int64_t b, int i) {
-  const int before = shape.below != nullptr;
-  if (i < before) return shape.below + b * shape.dim;
-  return shape.vectors + (b * shape.vectors_in + i - before) * shape.dim;
-}
-
-template <int lanes>
-[[gnu::always_inline]] inline void interact_rows(const Interaction& shape, int columns, int64_t begin, int64_t end, Scratch& scratch,
-                                                 float* out) {
+void interact_rows(const Interaction& shape, int columns, int64_t begin, int64_t end, Scratch& scratch, float* out) {
   const int count = shape.vectors_all();
-  const int dim = shape.dim;
+  float* const direct = scratch.packed.data();
+  float* const products = direct + shape.width() - shape.pairs();
   for (int64_t b = begin; b < end; ++b) {
-    for (int i = 0; i < count; ++i) {
-      const float* from = vector_of(shape, b, i);
-      float* row = scratch.rows.data() + i * scratch.dim;
-      float* column = scratch.turned.data() + i;
-      for (int d = 0; d < dim; ++d) {
-        row[d] = from[d];
-        column[d * scratch.vectors] = from[d];
+    scratch.look_at(b);
+    for (int j = 0; j < count; j += kLanes) {
+      for (int d = 0; d < scratch.dim; d += kLanes) {
+        Tile tile;
+        for (int i = 0; i < kLanes; ++i) tile.rows[i] = load(scratch.vectors[j + i] + d);
+        tile.transpose();
+        for (int i = 0; i < kLanes; ++i) store(scratch.square.data() + size_t(d + i) * scratch.count + j, tile.rows[i]);
       }
     }
+    // Products are written in whole vectors to where they belong, row behind row: what passes a row's end lies among the first kLanes
+    // numbers of the rows after it, which are written later because the blocks of a row come from its end.
     for (int i = 0; i < count; i += kRows) {
-      for (int j = 0; j < i + kRows && j < count; j += lanes) {
-        multiply_block<lanes>(dim, scratch.rows.data() + i * scratch.dim, scratch.dim, scratch.turned.data() + j, scratch.vectors,
-                              scratch.products.data() + i * scratch.vectors + j, scratch.vectors);
+      for (int j = (std::min(i + kRows, count) - 1) / kLanes * kLanes; j >= 0; j -= kLanes) {
+        Lanes sums[kRows];
+        multiply_block(shape.dim, &scratch.vectors[i], [&](int k) { return scratch.square.data() + size_t(k) * scratch.count + j; }, sums);
+        for (int row = std::max(i, j + 1); row < std::min(i + kRows, count); ++row)
+          store(products + row * (row - 1) / 2 + j, sums[row - i]);
       }
     }
-    float* to = out + b * columns;
-    if (shape.below != nullptr) to = std::copy_n(shape.below + b * dim, dim, to);
-    for (int i = 1; i < count; ++i) to = std::copy_n(scratch.products.data() + i * scratch.vectors, i, to);
-    std::fill(to, out + (b + 1) * columns, 0.0f);
+    if (shape.below != nullptr) std::copy_n(shape.below + b * shape.dim, shape.dim, direct);
+    std::fill(std::copy_n(direct, shape.width(), out + b * columns), out + (b + 1) * columns, 0.0f);
   }
 }
 
-template <int lanes>
-[[gnu::always_inline]] inline void backward_rows(const Interaction& shape, int columns, const float* grad_out, int64_t begin, int64_t end,
-                                                 Scratch& scratch, float* grad_below, float* grad_vectors) {
+// The square of a symmetric matrix, zero on its diagonal, from its rows below the diagonal one behind the other.
+void unpack_square(int count, const float* packed, Scratch& scratch) {
+  for (int i = 0; i < count; i += kLanes) {
+    for (int j = 0; j <= i; j += kLanes) {
+      float* const lower = scratch.square.data() + size_t(i) * scratch.count + j;
+      float* const upper = scratch.square.data() + size_t(j) * scratch.count + i;
+      Tile tile;
+      for (int row = 0; row < kLanes; ++row) {
+        const int length = i + row < count ? i + row - j : 0;
+        const Lanes numbers = load(packed + (length > 0 ? (i + row) * (i + row - 1) / 2 + j : 0));
+        tile.rows[row] = reinterpret_cast<Lanes>(reinterpret_cast<Numbers>(numbers) & (counted(EachLane()) < length));
+      }
+      for (int row = 0; row < kLanes; ++row) store(lower + size_t(row) * scratch.count, tile.rows[row]);
+      tile.transpose();
+      for (int row = 0; row < kLanes; ++row) {
+        float* const to = upper + size_t(row) * scratch.count;
+        store(to, i == j ? tile.rows[row] + load(to) : tile.rows[row]);
+      }
+    }
+  }
+}
+
+void backward_rows(const Interaction& shape, int columns, const float* grad_out, int64_t begin, int64_t end, Scratch& scratch,
+                   float* grad_below, float* grad_vectors) {
   const int count = shape.vectors_all();
-  const int dim = shape.dim;
   const int before = shape.below != nullptr;
+  std::vector<float> ends(kRows * size_t(scratch.dim));  // results that have no place of their own
   for (int64_t b = begin; b < end; ++b) {
-    for (int i = 0; i < count; ++i) std::copy_n(vector_of(shape, b, i), dim, scratch.rows.data() + i * scratch.dim);
+    scratch.look_at(b);
     const float* direct = grad_out + b * columns;
-    const float* grad = direct + (before ? dim : 0);
-    for (int i = 1; i < count; ++i) {  // both halves of a symmetric matrix
-      float* row = scratch.products.data() + i * scratch.vectors;
-      float* column = scratch.products.data() + i;
-      for (int j = 0; j < i; ++j) {
-        row[j] = grad[j];
-        column[j * scratch.vectors] = grad[j];
-      }
-      grad += i;
-    }
+    std::copy_n(direct, shape.width(), scratch.packed.data());
+    unpack_square(count, scratch.packed.data() + shape.width() - shape.pairs(), scratch);
     for (int i = 0; i < count; i += kRows) {
-      for (int d = 0; d < dim; d += lanes) {
-        multiply_block<lanes>(count, scratch.products.data() + i * scratch.vectors, scratch.vectors, scratch.rows.data() + d, scratch.dim,
-                              scratch.turned.data() + i * scratch.dim + d, scratch.dim);
+      const float* left[kRows];
+      float* to[kRows];
+      for (int row = 0; row < kRows; ++row) {
+        left[row] = scratch.square.data() + size_t(i + row) * scratch.count;
+        const bool own = shape.dim == scratch.dim && i + row >= before && i + row < count;
+        to[row] = own ? grad_vectors + (b * shape.vectors_in + i + row - before) * shape.dim : ends.data() + size_t(row) * scratch.dim;
+      }
+      for (int d = 0; d < scratch.dim; d += kLanes) {
+        Lanes sums[kRows];
+        multiply_block(count, left, [&](int k) { return scratch.vectors[k] + d; }, sums);
+        for (int row = 0; row < kRows; ++row) store(to[row] + d, sums[row]);
+      }
+      if (i == 0 && before) {
+        for (int d = 0; d < shape.dim; ++d) grad_below[b * shape.dim + d] = direct[d] + to[0][d];
+      }
+      if (shape.dim == scratch.dim) continue;
+      for (int row = std::max(i, before); row < std::min(i + kRows, count); ++row) {
+        std::copy_n(to[row - i], shape.dim, grad_vectors + (b * shape.vectors_in + row - before) * shape.dim);
       }
     }
-    if (before) {
-      for (int d = 0; d < dim; ++d) grad_below[b * dim + d] = direct[d] + scratch.turned[d];
-    }
-    float* to = grad_vectors + b * shape.vectors_in * dim;
-    for (int i = before; i < count; ++i) to = std::copy_n(scratch.turned.data() + i * scratch.dim, dim, to);
   }
 }
-
-// The same body for each instruction set; which one runs is decided when the library is loaded.
-struct Bodies {
-  decltype(&interact_rows<4>) forward;
-  decltype(&backward_rows<4>) backward;
-};
-
-#if defined(__x86_64__)
-#define FIITED_BODIES(name, instructions, lanes)                                                                                          \
-  __attribute__((target(instructions))) void forward_##name(const Interaction& shape, int columns, int64_t begin, int64_t end,            \
-                                                            Scratch& scratch, float* out) {                                               \
-    interact_rows<lanes>(shape, columns, begin, end, scratch, out);                                                                       \
-  }                                                                                                                                       \
-  __attribute__((target(instructions))) void backward_##name(const Interaction& shape, int columns, const float* grad_out, int64_t begin, \
-                                                             int64_t end, Scratch& scratch, float* grad_below, float* grad_vectors) {     \
-    backward_rows<lanes>(shape, columns, grad_out, begin, end, scratch, grad_below, grad_vectors);                                        \
-  }
-FIITED_BODIES(avx512, "avx512f", 16)
-FIITED_BODIES(avx2, "avx2,fma", 8)
-#endif
-
-Bodies bodies_for_this_cpu() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f")) return {&forward_avx512, &backward_avx512};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {&forward_avx2, &backward_avx2};
-#endif
-  return {&interact_rows<4>, &backward_rows<4>};
-}
-
-const Bodies bodies = bodies_for_this_cpu();
 
 }  // namespace
 
 void interact(const Interaction& shape, int columns, float* out) {
   for_each_range(shape.batch, kBatchPerTask, [&](int64_t begin, int64_t end) {
     Scratch scratch(shape);
-    bodies.forward(shape, columns, begin, end, scratch, out);
+    interact_rows(shape, columns, begin, end, scratch, out);
   });
 }
 
 void interact_backward(const Interaction& shape, int columns, const float* grad_out, float* grad_below, float* grad_vectors) {
   for_each_range(shape.batch, kBatchPerTask, [&](int64_t begin, int64_t end) {
     Scratch scratch(shape);
-    bodies.backward(shape, columns, grad_out, begin, end, scratch, grad_below, grad_vectors);
+    backward_rows(shape, columns, grad_out, begin, end, scratch, grad_below, grad_vectors);
   });
 }
 

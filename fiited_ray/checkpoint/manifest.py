@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
+import jsonschema.validators
 
 FORMAT = "fiited-ray-checkpoint"
 VERSION = 2
@@ -83,7 +84,10 @@ PART_SCHEMA = _object(
     }
 )
 
-_VALIDATORS = {id(schema): jsonschema.Draft202012Validator(schema) for schema in (MANIFEST_SCHEMA, PART_SCHEMA)}
+# JSON Schema takes 1.0 for an integer; here it is none
+_strict = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda checker, value: type(value) is int)
+_Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_strict)
+_VALIDATORS = {id(schema): _Validator(schema) for schema in (MANIFEST_SCHEMA, PART_SCHEMA)}
 
 
 class CheckpointError(RuntimeError):

@@ -16,6 +16,7 @@ from fiited_ray.config import Config
 from fiited_ray.data.batch import Batch
 from fiited_ray.embedding import ShardedEmbedding
 from fiited_ray.exchange import Solo
+from fiited_ray.fixed_rows import make_embedding
 from fiited_ray.models import build_model
 from fiited_ray.store import ShardSpec, VhpiShard
 
@@ -60,5 +61,5 @@ def load_model(location: str | Path) -> Model:
     load_shard(saved, shard)
     dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
     load_dense(saved, dense)
-    embedding = ShardedEmbedding(shard, Solo(), config.data.feature_tables, config.embedding.lr, config.embedding.pooling == "mean")
+    embedding = make_embedding(config, shard, Solo(), lr=config.embedding.lr, mean=config.embedding.pooling == "mean")
     return Model(config, saved.step, embedding.eval(), dense.eval())

@@ -127,6 +127,11 @@ class Saver:
         rows, size = worker.exchange.all_reduce(torch.tensor(copied)).tolist()
         return {"checkpoint/stopped_s": stopped, "checkpoint/rows": float(rows), "checkpoint/bytes": float(size)}
 
+    @property
+    def written(self) -> bool:
+        """Whether nothing is being written."""
+        return self._writing is None or self._writing.is_set()
+
     def wait(self) -> None:
         """Return when the last checkpoint has been written."""
         if self._writing is not None:

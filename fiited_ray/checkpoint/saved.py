@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from fiited_ray.checkpoint.files import Folder
 from fiited_ray.checkpoint.manifest import (
     MANIFEST,
@@ -20,6 +22,8 @@ from fiited_ray.config import Config, ConfigError, load
 from fiited_ray.store import bucket_range
 
 _LONGEST_TEXT = 16 << 20
+_LONGEST_CONFIG = 1 << 20
+_DEEPEST_CONFIG = 8
 _LONGEST_CHAIN = 1000
 
 
@@ -96,11 +100,17 @@ class Saved:
         Raises:
             CheckpointError: when the file is damaged or no configuration of this release.
         """
+        where = f"{self.folder.path}/config.yaml"
         with self.folder.verified(self.facts("config.yaml")) as path:
+            if path.stat().st_size > _LONGEST_CONFIG:
+                raise CheckpointError(f"{where}: longer than {_LONGEST_CONFIG} bytes")
             try:
+                _check_yaml(path.read_text(), where)
                 return load(path)
+            except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+                raise CheckpointError(f"{where}: not YAML: {type(error).__name__}") from None
             except ConfigError as error:
-                raise CheckpointError(f"{self.folder.path}/config.yaml: {error}") from error
+                raise CheckpointError(f"{where}: {error}") from error
 
     def chain(self) -> list[Saved]:
         """This checkpoint and those it builds on, newest first."""
@@ -109,6 +119,17 @@ class Saved:
             chain.append(at)
             at = at.base
         return chain
+
+
+def _check_yaml(text: str, where: str) -> None:
+    """Refuse what makes a short text take much time or memory: aliases and deep nesting, of which a saved configuration has none."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise CheckpointError(f"{where}: has aliases, which no saved configuration has")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_CONFIG:
+            raise CheckpointError(f"{where}: nested deeper than any saved configuration")
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:

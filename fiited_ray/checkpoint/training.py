@@ -164,7 +164,10 @@ def _restore_of_worker(saved: Saved, worker: Worker) -> None:
         where = f"{saved.folder.path}/{part.shard.name}"
         with saved.folder.tensors(part.shard) as found:
             if same:
-                torch.set_rng_state(tensor_of(found, "generator", (torch.uint8,), where).clone())
+                generator = tensor_of(found, "generator", (torch.uint8,), where)
+                if generator.shape != torch.get_rng_state().shape:
+                    raise CheckpointError(f"{where}: generator has shape {list(generator.shape)}")
+                torch.set_rng_state(generator.clone())
             for name, tensor in _of_worker(found, where).items():
                 sums[name] = sums[name] + tensor if name in sums and sums[name].shape == tensor.shape else tensor.clone()
     mine = same or rank == 0

@@ -29,7 +29,7 @@ class DistinctSketch:
 
     def add(self, keys: npt.NDArray[np.int64], tables: npt.NDArray[np.int32]) -> None:
         """Count pairs of an id's key, int64 [n], and its table, int32 [n]."""
-        words = _mix(keys.astype(np.uint64) + (tables.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+        words = mix(keys.astype(np.uint64) + (tables.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
         slots = (words & np.uint64(_REGISTERS - 1)).astype(np.int64)
         rest = words >> np.uint64(_REGISTER_BITS)
         # a float64's exponent is the position of the highest bit: exact below 2^53
@@ -69,27 +69,29 @@ def _tau(x: float) -> float:
     return z / 3
 
 
-def count_distinct(files: Files, config: DataConfig, max_rows: int | None = None) -> int:
-    """Distinct ids over all tables, to about 1 %, by one streaming pass over the files; a long one says on stderr how far it is.
+def count_distinct(files: Files, config: DataConfig, max_rows: int | None = None) -> list[int]:
+    """Distinct ids of each table, to about 1 %, by one streaming pass over the files; a long one says on stderr how far it is.
 
     Raises:
         DataError: for bad data, naming file, column and row.
     """
-    sketch, rows, reported = DistinctSketch(), 0, time.monotonic()
+    sketches, rows, reported = [DistinctSketch() for _ in config.tables], 0, time.monotonic()
     total = min(files.total_rows, max_rows or files.total_rows)
     tables = torch.tensor(config.feature_tables, dtype=torch.int32)
     for batch in parquet_batches(files, config, 65536, max_rows=max_rows):
         ends = batch.offsets[batch.rows :: batch.rows].contiguous()
         found = dedup_ids(batch.ids, ends, tables, 0, 1)
-        sketch.add(found.keys.numpy(), found.tables.numpy())
+        for table, sketch in enumerate(sketches):
+            mine = found.tables == table
+            sketch.add(found.keys[mine].numpy(), found.tables[mine].numpy())
         rows += batch.rows
         if time.monotonic() - reported > _REPORT_SECONDS:
             reported = time.monotonic()
             print(f"counting distinct ids: {rows:,} of {total:,} rows", file=sys.stderr, flush=True)
-    return sketch.estimate()
+    return [sketch.estimate() for sketch in sketches]
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Synthetic click logs in the shape of Criteo's: 13 dense and 26 categorical columns, power-law ids, planted signal, slow drift.
+"""Synthetic click logs in the shape of Criteo's: 13 dense and 26 categorical columns, power-law ids, planted signal, drift.
 
 Everything is drawn from a seed; nothing of any real data set is in it but the published numbers of distinct values by column.
 """
@@ -60,7 +60,8 @@ class SyntheticSpec:
     test_share: float = 0.1  # the last rows
     seed: int = 0
     skew: float = 1.1  # exponent of the power law over ids
-    drift: float = 0.5  # share of each column's popularity order that is renewed from first to last row
+    drift: float = 0.5  # of popularity: how often a rank of a column's popularity order goes to a new id from first to last row, on average
+    preference_drift: float = 0.0  # of what ids mean for the label: quarter turns from first to last row; after one nothing is left of it
     click_rate: float = 0.25
 
     def __post_init__(self) -> None:
@@ -69,7 +70,8 @@ class SyntheticSpec:
             ("seed", self.seed >= 0, "at least 0"),
             ("test_share", 0 <= self.test_share < 1, "at least 0 and below 1"),
             ("skew", self.skew >= 0, "at least 0"),
-            ("drift", 0 <= self.drift <= 1, "from 0 to 1"),
+            ("drift", self.drift >= 0, "at least 0"),
+            ("preference_drift", self.preference_drift >= 0, "at least 0"),
             ("click_rate", 0 < self.click_rate < 1, "between 0 and 1"),
         ):
             if not fits:
@@ -115,13 +117,14 @@ def _blocks(spec: SyntheticSpec) -> Iterator[pa.Table]:
         taste = np.zeros((rows, _LATENT))
         for at in range(CATEGORICAL - 1):
             ids = _draw_ids(block, spec, at, rows, progress)
-            bias, latent = _effects(ids, at, spec.seed)
+            bias, latent = _effects(ids, at, spec, progress)
             score += bias * 0.35
             taste += latent * loadings[at]
             columns[f"c{at}"] = pa.array(ids)
         lengths = 1 + block.poisson(1.5, rows)
-        ids = _draw_ids(block, spec, CATEGORICAL - 1, int(lengths.sum()), np.repeat(progress, lengths))
-        bias, latent = _effects(ids, CATEGORICAL - 1, spec.seed)
+        moments = np.repeat(progress, lengths)
+        ids = _draw_ids(block, spec, CATEGORICAL - 1, len(moments), moments)
+        bias, _ = _effects(ids, CATEGORICAL - 1, spec, moments)
         owner = np.repeat(np.arange(rows), lengths)
         score += np.bincount(owner, bias, rows) / lengths * 0.5
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -140,7 +143,7 @@ def _blocks(spec: SyntheticSpec) -> Iterator[pa.Table]:
 
 
 def _draw_ids(random: np.random.Generator, spec: SyntheticSpec, column: int, count: int, progress: np.ndarray) -> np.ndarray:
-    """Ids by a power law over ranks; which id holds a rank is renewed for a share of the ranks as time goes on."""
+    """Ids by a power law over ranks; which id holds a rank is renewed as time goes on, for each rank at moments of its own."""
     size = spec.cardinality(column)
     u = random.random(count)
     if abs(spec.skew - 1) < 1e-9:
@@ -149,16 +152,22 @@ def _draw_ids(random: np.random.Generator, spec: SyntheticSpec, column: int, cou
         top = (size + 1.0) ** (1 - spec.skew)
         rank = (1 + u * (top - 1)) ** (1 / (1 - spec.skew)) - 1
     rank = np.minimum(rank.astype(np.int64), size - 1)
-    moment = _uniform(rank, column, spec.seed + 1)  # when this rank's id is renewed, if it is
-    renewed = moment < progress * spec.drift
-    # the id that takes over a rank is a number of its own, beyond the first ones
-    return rank + np.where(renewed, size, 0)
+    moment = _uniform(rank, column, spec.seed + 1)  # when this rank's id is renewed for the first time, if drift is 1
+    renewals = np.maximum(np.ceil(progress * spec.drift - moment), 0).astype(np.int64)
+    return rank + renewals * size  # the id that takes over a rank is a number of its own, beyond the ones before
 
 
-def _effects(ids: np.ndarray, column: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden bias [n] and latent preferences [n, 4] of ids, from their hash: about normal."""
-    draws = [_normal(ids, column * 8 + at, seed) for at in range(_LATENT + 1)]
-    return draws[0], np.stack(draws[1:], 1)
+def _effects(ids: np.ndarray, column: int, spec: SyntheticSpec, progress: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden bias [n] and latent preferences [n, 4] of ids at their moments, from their hash: about normal.
+
+    They turn from one draw towards another, independent one, and keep their variance.
+    """
+    draws = np.stack([_normal(ids, column * 8 + at, spec.seed) for at in range(_LATENT + 1)])
+    if spec.preference_drift:
+        angle = progress * spec.preference_drift * np.pi / 2
+        others = np.stack([_normal(ids, column * 8 + at, spec.seed + 2) for at in range(_LATENT + 1)])
+        draws = np.cos(angle) * draws + np.sin(angle) * others
+    return draws[0], draws[1:].T
 
 
 def _uniform(ids: np.ndarray, salt: int, seed: int) -> np.ndarray:

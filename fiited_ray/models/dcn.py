@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fiited_ray.models.towers import tower
+from fiited_ray.models.towers import Tower
 
 
 class CrossLayer(nn.Module):
@@ -30,7 +30,7 @@ class DCNv2(nn.Module):
         super().__init__()
         width = dense_columns + features * dim
         self.cross = nn.ModuleList(CrossLayer(width, rank) for _ in range(layers))
-        self.deep = tower((width, *top, 1), last_relu=False)
+        self.deep = Tower((width, *top, 1), last_relu=False)
 
     def forward(self, dense_BC: Tensor, vectors_BFD: Tensor) -> Tensor:
         """Logits [B]."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
 
 from fiited_ray.models.interaction import interact, padded
-from fiited_ray.models.towers import tower
+from fiited_ray.models.towers import Tower
 
 
 class DLRM(nn.Module):
@@ -20,18 +19,12 @@ class DLRM(nn.Module):
 
     def __init__(self, dense_columns: int, features: int, dim: int, bottom: Sequence[int], top: Sequence[int]) -> None:
         super().__init__()
-        self.bottom = tower((dense_columns, *bottom, dim), last_relu=True) if dense_columns else None
+        self.bottom = Tower((dense_columns, *bottom, dim), last_relu=True) if dense_columns else None
         vectors = features + (1 if dense_columns else 0)
-        width = vectors * (vectors - 1) // 2 + (dim if dense_columns else 0)
-        self.columns = padded(width)
-        self.top = tower((width, *top, 1), last_relu=False)
+        self.columns = padded(vectors * (vectors - 1) // 2 + (dim if dense_columns else 0))  # the last ones are always zero
+        self.top = Tower((self.columns, *top, 1), last_relu=False)
 
     def forward(self, dense_BC: Tensor, vectors_BFD: Tensor) -> Tensor:
         """Logits [B]."""
         below_BD = None if self.bottom is None else self.bottom(dense_BC)
-        x = interact(below_BD, vectors_BFD, self.columns)
-        first = cast(nn.Linear, self.top[0])
-        x = nn.functional.linear(x, nn.functional.pad(first.weight, (0, self.columns - first.in_features)), first.bias)
-        for layer in itertools.islice(self.top, 1, None):
-            x = layer(x)
-        return x[:, 0]
+        return cast(Tensor, self.top(interact(below_BD, vectors_BFD, self.columns))[:, 0])

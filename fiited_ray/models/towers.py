@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
-def tower(widths: Sequence[int], *, last_relu: bool) -> nn.Sequential:
+class Tower(nn.Module):
     """Linear layers widths[0] -> widths[1] -> ..., with a ReLU behind each, behind the last one only if asked."""
-    layers: list[nn.Module] = []
-    for wide, next_wide in pairwise(widths):
-        linear = nn.Linear(wide, next_wide)
-        nn.init.normal_(linear.weight, std=math.sqrt(2 / (wide + next_wide)))
-        nn.init.normal_(linear.bias, std=math.sqrt(1 / next_wide))
-        layers += [linear, nn.ReLU(inplace=True)]
-    return nn.Sequential(*(layers if last_relu else layers[:-1]))
+
+    def __init__(self, widths: Sequence[int], *, last_relu: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.last_relu = last_relu
+        for wide, next_wide in pairwise(widths):
+            layer = nn.Linear(wide, next_wide)
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / (wide + next_wide)))
+            nn.init.normal_(layer.bias, std=math.sqrt(1 / next_wide))
+            self.layers.append(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, widths[0]] -> [B, widths[-1]]."""
+        for number, layer in enumerate(cast(Iterable[nn.Linear], self.layers), 1):
+            x = linear(x, layer.weight, layer.bias, relu=self.last_relu or number < len(self.layers))
+        return x
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
+    """x [B, I] times weight [O, I], plus bias [O], with a ReLU if asked.
+
+    In float32 on a CPU by oneDNN, with the ReLU in the same pass: its products are up to 1.6 times as fast as those that torch takes
+    by default (MKL's) on processors that are not Intel's, and as fast elsewhere.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and torch.backends.mkldnn.is_available():
+        return cast(Tensor, _Linear.apply(x, weight, bias, relu))  # type: ignore[no-untyped-call]
+    x = nn.functional.linear(x, weight, bias)
+    return nn.functional.relu(x) if relu else x
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+        ctx.save_for_backward(x, weight, out if relu else None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        x, weight, out = ctx.saved_tensors
+        grad = grads[0] if out is None else torch.ops.aten.threshold_backward(grads[0], out, 0)
+        grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
+        return grad_x, grad.t() @ x, grad.sum(0), None

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fiited_ray.config import Config, ConfigError
+from fiited_ray.config import Config, ConfigError, EmbeddingConfig
+from fiited_ray.methods import chunk_of, chunks_of, fixes_rows, importance_of, store_tables
 from fiited_ray.policy import levels_of
 
 if TYPE_CHECKING:
@@ -69,19 +70,20 @@ class ShardSpec:
         """The shard of worker `rank`; all shards together start with `budget_bytes`, split by their number of buckets."""
         first, end = bucket_range(rank, workers)
         embedding, policy = config.embedding, config.policy
-        sets = 1 if budget_bytes is None else max(1, round(budget_bytes * policy.sketch_share / (BUCKETS * _SET_BYTES)))
+        none_absent = budget_bytes is None or fixes_rows(config)  # a sketch of absent ids would not be used
+        sets = 1 if none_absent else max(1, round((budget_bytes or 0) * policy.sketch_share / (BUCKETS * _SET_BYTES)))
         limit = None if budget_bytes is None else budget_bytes * (end - first) // BUCKETS
         if policy.max_shard_bytes is not None:
             limit = policy.max_shard_bytes if limit is None else min(limit, policy.max_shard_bytes)
-        chunks = embedding.dim // embedding.chunk
+        chunks = chunks_of(config)
         return ShardSpec(
             seed=config.seed,
-            chunk=embedding.chunk,
+            chunk=chunk_of(config),
             chunks=chunks,
             storage=embedding.dtype,
             optimizer=embedding.optimizer,
-            importance=policy.importance,
-            tables=len(config.data.tables),
+            importance=importance_of(config),
+            tables=len(store_tables(config)),
             first_bucket=first,
             end_bucket=end,
             sketch_sets=sets,
@@ -105,8 +107,7 @@ class ShardSpec:
 
     def state_bytes(self, width: int) -> int:
         """Optimizer state of a row with `width` chunks."""
-        values = width * self.chunk
-        return {"sgd": 0, "adagrad": 4 * values, "rowwise_adagrad": 4, "adam": 8 * values}[self.optimizer]
+        return _state_bytes(self.optimizer, width * self.chunk)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,11 +121,6 @@ class ShardSpec:
         import torch
 
         return torch.tensor([0, *(self.state_bytes(width) // 4 for width in range(1, self.chunks + 1))])
-
-    @property
-    def dense_row_bytes(self) -> int:
-        """Bytes of one row of an ordinary full-width table in float32, optimizer state included."""
-        return 4 * self.dim + self.state_bytes(self.chunks)
 
     def plan(self) -> tuple[int, tuple[int, ...]]:
         """(bytes the shard needs with no row, bytes of a row by width 0..k), as the planner counts them.
@@ -165,6 +161,15 @@ class ShardSpec:
             *self.levels,
         ]
         return ints, floats
+
+
+def dense_row_bytes(embedding: EmbeddingConfig) -> int:
+    """Bytes of one row of an ordinary full-width table in float32, optimizer state included."""
+    return 4 * embedding.dim + _state_bytes(embedding.optimizer, embedding.dim)
+
+
+def _state_bytes(optimizer: str, values: int) -> int:
+    return {"sgd": 0, "adagrad": 4 * values, "rowwise_adagrad": 4, "adam": 8 * values}[optimizer]
 
 
 def check_budget(config: Config, budget_bytes: int | None) -> None:

@@ -148,6 +148,7 @@ class ReferenceShard:
         self.spec = spec
         self.threshold = 0.0
         self.rows: dict[tuple[int, int], _Row] = {}
+        self._changed: set[tuple[int, int]] = set()  # since `take_changed`
         self.sketch = _Sketch(spec.sketch_sets)
         self.fixed, self.row_bytes = spec.plan()
         self.planned = self.fixed
@@ -219,6 +220,7 @@ class ReferenceShard:
             row = self.rows.get((key, table))
             if row is not None:
                 row.importance = F32(row.importance + gain)
+                self._changed.add((key, table))
                 self._learn(row, gradient[:live], lr, step)
             else:
                 self._win_row(key, table, F32(gain), step, quota)
@@ -286,6 +288,7 @@ class ReferenceShard:
         vector = initial_values(key, table, 0, width * self.spec.chunk, self.spec.init_scale)
         row = _Row(width, scaled, vector, np.zeros(self.spec.state_bytes(width) // 4, F32))
         self.rows[key, table] = row
+        self._changed.add((key, table))
         self.planned += self.row_bytes[width]
         self.admitted += 1
         return row
@@ -311,6 +314,7 @@ class ReferenceShard:
             row.state = np.concatenate([np.concatenate([each[:kept], np.zeros(size - kept, F32)]) for each in old])
         self.planned += self.row_bytes[width] - self.row_bytes[row.width]
         row.width = width
+        self._changed.add((key, table))
         self.resized += 1
 
     def _learn(self, row: _Row, g: np.ndarray, lr: float, step: int) -> None:
@@ -336,6 +340,7 @@ class ReferenceShard:
             by = int(octaves)
             for row in self.rows.values():
                 row.importance = F32(row.importance * F32(2.0**-by))
+            self._changed.update(self.rows)
             self.sketch.lower(by)
             self._lowered += by
             octaves -= by
@@ -345,6 +350,20 @@ class ReferenceShard:
     def _aim_sketch(self) -> None:
         if self.threshold > 0:
             self.sketch.aim(F32(F32(self.threshold * self.spec.admission) * self._scale))
+
+    def take_changed(self) -> set[tuple[int, int]]:
+        """(key, table) of the rows written since the last call; `VhpiShard.changed` adds those that only moved to another address."""
+        taken, self._changed = self._changed & self.rows.keys(), set()
+        return taken
+
+    def sketch_cells(self) -> tuple[Tensor, int]:
+        """The sketch as `VhpiShard.sketch` gives it, int16 [buckets, sets * 32], and its level."""
+        per_bucket = self.spec.sketch_sets
+        cells = np.zeros((self.spec.end_bucket - self.spec.first_bucket, per_bucket * 32), np.uint16)
+        for (bucket, number), entries in self.sketch.sets.items():
+            words = [tag << 4 | code if code else 0 for tag, code in entries]
+            cells[bucket - self.spec.first_bucket, number * 32 : (number + 1) * 32] = words
+        return torch.from_numpy(cells.view(np.int16)), self.sketch.base
 
     def export_rows(self) -> Rows:
         """Rows ordered by key, as `VhpiShard.export_rows` gives them, with keys (not raw ids) in `raw_ids`."""

@@ -22,8 +22,10 @@ from fiited_ray.ahead import ahead
 from fiited_ray.config import Config
 from fiited_ray.coordinator import Decider
 from fiited_ray.data.batch import Batch
-from fiited_ray.embedding import PhaseTimes, Route, ShardedEmbedding
+from fiited_ray.embedding import PhaseTimes, Route
 from fiited_ray.exchange import Exchange
+from fiited_ray.fixed_rows import make_embedding
+from fiited_ray.methods import fixes_rows, shares_rows
 from fiited_ray.models import build_model
 from fiited_ray.policy import Decision, RoundSchedule, RoundState, ShardReport, shard_limit
 from fiited_ray.store import ShardSpec, VhpiShard
@@ -72,6 +74,7 @@ class Worker:
     tell: Callable[[str], None] = lambda text: None  # progress, for a person
     beat: Callable[[], None] = lambda: None  # called after each batch: the worker goes on
     history: History = field(default_factory=History)
+    distinct_ids: int | None = None  # of the training data; only methods whose rows are shared by ids need it, for their metrics
 
     def __post_init__(self) -> None:
         config = self.config
@@ -81,17 +84,16 @@ class Worker:
         self.times = PhaseTimes()
         self.times_ahead = PhaseTimes()  # of the thread that routes the next batch
         self.exchange_ahead = self.exchange.another() if config.train.overlap else self.exchange
-        mean = config.embedding.pooling == "mean"
-        self.embedding = ShardedEmbedding(
+        self.embedding = make_embedding(
+            config,
             self.shard,
             self.exchange,
-            config.data.feature_tables,
-            config.embedding.lr,
-            mean,
-            self.budget_bytes,
-            config.policy.max_shard_bytes,
-            self.times,
-            config.train.not_finite == "skip",
+            lr=config.embedding.lr,
+            mean=config.embedding.pooling == "mean",
+            budget_bytes=self.budget_bytes,
+            ceiling_bytes=config.policy.max_shard_bytes,
+            times=self.times,
+            skip_not_finite=config.train.not_finite == "skip",
         )
         self.dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
         self.model: nn.Module = DistributedDataParallel(self.dense) if self.exchange.workers > 1 else self.dense
@@ -220,7 +222,7 @@ def hold_round(worker: Worker, needed: bool = False) -> None:
     report_ = ShardReport(shard.histogram().numpy(), stats.fixed, stats.admitted_bytes, stats.refused, worker.config.policy.max_shard_bytes)
     _, row_bytes = worker.spec.plan()
     state = RoundState(
-        worker.budget_bytes,
+        None if fixes_rows(worker.config) else worker.budget_bytes,  # what was fixed to fit is not cut
         worker.threshold,
         worker.spec.levels,
         row_bytes,
@@ -283,7 +285,8 @@ def report(worker: Worker) -> dict[str, float]:
     now, sent = time.perf_counter(), worker.bytes_sent
     clock, samples, bytes_before = worker.window_start
     steps = max(1, len(worker.losses) - worker.history.reported)
-    totals = StoreTotals.gather(worker.shard, worker.embedding.take_peak(), worker.exchange)
+    counted = worker.distinct_ids if shares_rows(worker.config) else None
+    totals = StoreTotals.gather(worker.shard, worker.embedding.take_peak(), worker.exchange, counted)
     values = {f"train/{name}": value for name, value in _shared(worker, worker.window).items() if name != "rows"}
     losses = worker.exchange.all_reduce(torch.tensor(worker.losses[worker.history.reported :], dtype=torch.float64))
     values["train/loss"] = float(losses.nanmean()) if len(losses) else float("nan")

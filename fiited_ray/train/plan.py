@@ -8,6 +8,7 @@ from pathlib import Path
 from fiited_ray.config import Config, ConfigError
 from fiited_ray.data.errors import DataError
 from fiited_ray.data.files import Files, check_files, is_sorted
+from fiited_ray.methods import fixes_rows
 from fiited_ray.tracking_address import absolute_uri, check_address
 
 
@@ -19,7 +20,7 @@ class Plan:
     files: Files
     test_files: Files | None
     budget_bytes: int | None
-    distinct_ids: int | None  # counted only where the budget is a share
+    distinct_ids: int | None  # counted only where the budget is a share, or where the method needs it
     dense_equivalent_bytes: int | None
 
     def describe(self) -> str:
@@ -51,17 +52,18 @@ def make_plan(config: Config) -> Plan:
         if each and config.data.time and config.data.reader == "arrow" and not is_sorted(each, config.data.time):
             raise DataError(f"{role} is not in the order of {config.data.time!r} (data.time); sort the files, or let data.reader=ray sort")
     # from here on torch is needed, which takes seconds to import: a misspelt column should not wait for it
-    from fiited_ray.store.layout import ShardSpec, check_budget
+    from fiited_ray.fitting import settle
+    from fiited_ray.store.layout import dense_row_bytes
 
-    budget, distinct, dense_equivalent = config.budget.bytes, None, None
-    if config.budget.share is not None:
+    by_table = None
+    if config.method != "full" and (config.budget.share is not None or fixes_rows(config)):
         from fiited_ray.data.statistics import count_distinct
 
         print("counting distinct ids ...", flush=True)
-        distinct = count_distinct(files, config.data, config.data.max_rows)
-        dense_equivalent = distinct * ShardSpec.of(config, None).dense_row_bytes
-        budget = int(dense_equivalent * config.budget.share)
-    check_budget(config, budget)
+        by_table = count_distinct(files, config.data, config.data.max_rows)
+    config, budget = settle(config, by_table)
+    distinct = None if by_table is None else sum(by_table)
+    dense_equivalent = None if distinct is None else distinct * dense_row_bytes(config.embedding)
     check_address(absolute_uri(config.tracking.uri))
     try:
         if "://" not in config.output:

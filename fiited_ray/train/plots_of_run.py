@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fiited_ray import plots
+from fiited_ray.methods import store_tables
 
 if TYPE_CHECKING:
     from fiited_ray.run_writer import RunWriter
@@ -21,7 +22,7 @@ def log_plots(writer: RunWriter, worker: Worker, final: dict[str, float], synthe
     writer.figure("plots/hit_rate.png", plots.hit_rate(steps, values, title))
     writer.figure("plots/time.png", plots.time_by_phase(steps, values, title))
     if worker.last_totals is not None:
-        writer.figure("plots/widths.png", plots.widths_by_table(config.data.tables, worker.last_totals.rows_by_width, title))
+        writer.figure("plots/widths.png", plots.widths_by_table(store_tables(config), worker.last_totals.rows_by_width, title))
     if history.importance is not None:
         threshold, rows = history.importance
         writer.figure("plots/importance.png", plots.importance_histogram(rows, threshold, worker.spec.levels, title))

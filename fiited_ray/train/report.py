@@ -10,7 +10,9 @@ import torch
 
 from fiited_ray.config import Config
 from fiited_ray.exchange import Exchange
+from fiited_ray.methods import store_tables
 from fiited_ray.store import VhpiShard
+from fiited_ray.store.layout import dense_row_bytes
 
 _PARTS = ("payload", "optimizer", "index", "sketch", "slack", "total")
 
@@ -25,25 +27,23 @@ class StoreTotals:
     lookups: int  # since the start, counted with repeats
     hits: int
     rows_by_width: np.ndarray  # int64 [tables, chunks]
-    dense_row_bytes: int
     chunk: int
 
     @staticmethod
-    def gather(shard: VhpiShard, peak_bytes: int, exchange: Exchange) -> StoreTotals:
-        """Sum over all workers, who all call this."""
+    def gather(shard: VhpiShard, peak_bytes: int, exchange: Exchange, distinct_ids: int | None = None) -> StoreTotals:
+        """Sum over all workers, who all call this. `distinct_ids`: their number, where the store does not see the ids themselves."""
         stats = shard.stats()
         mine = [*(getattr(stats, part) for part in _PARTS), max(peak_bytes, stats.peak), stats.distinct, stats.lookups, stats.hits]
         numbers = torch.cat([torch.tensor(mine), shard.rows_by_width().flatten()])
         summed = exchange.all_reduce(numbers).tolist()
         parts, (peak, distinct, lookups, hits), rows = summed[:6], summed[6:10], summed[10:]
         by_width = np.asarray(rows, np.int64).reshape(shard.spec.tables, shard.spec.chunks)
-        return StoreTotals(
-            dict(zip(_PARTS, parts, strict=True)), peak, distinct, lookups, hits, by_width, shard.spec.dense_row_bytes, shard.spec.chunk
-        )
+        distinct = distinct if distinct_ids is None else distinct_ids
+        return StoreTotals(dict(zip(_PARTS, parts, strict=True)), peak, distinct, lookups, hits, by_width, shard.spec.chunk)
 
     def metrics(self, config: Config, budget_bytes: int | None, before: tuple[int, int]) -> dict[str, float]:
         """Values by name; `before`: lookups and hits at the last report."""
-        dense_equivalent = self.distinct * self.dense_row_bytes
+        dense_equivalent = self.distinct * dense_row_bytes(config.embedding)
         widths = self.rows_by_width.sum(0)
         parameters = float((widths * np.arange(1, len(widths) + 1)).sum() * self.chunk)
         lookups, hits = self.lookups - before[0], self.hits - before[1]
@@ -61,7 +61,8 @@ class StoreTotals:
         if budget_bytes is not None:
             values["bytes/budget"] = float(budget_bytes)
         values |= {f"rows/width_{width + 1}": float(count) for width, count in enumerate(widths)}
-        values |= {f"rows/table/{table}": float(count) for table, count in zip(config.data.tables, self.rows_by_width.sum(1), strict=True)}
+        tables = zip(store_tables(config), self.rows_by_width.sum(1), strict=True)
+        values |= {f"rows/table/{table}": float(count) for table, count in tables}
         return values
 
 

@@ -154,7 +154,7 @@ def _work(setup: dict[str, Any]) -> None:
     exchange = make_exchange(config.train.timeout_seconds)
     attempt = int(exchange.all_reduce(torch.tensor([time.time_ns() // 1_000_000 if rank == 0 else 0]))[0])
     decider = RemoteDecider(setup["coordinator"], rank, attempt=attempt, workers=workers)
-    worker = Worker(config, plan.budget_bytes, exchange, decider, writer, tell)
+    worker = Worker(config, plan.budget_bytes, exchange, decider, writer, tell, distinct_ids=plan.distinct_ids)
 
     restore_last(worker, setup["lineage"], plan.files)
 

@@ -86,8 +86,8 @@ def test_ids_of_all_kinds_of_features_are_counted_once_over_several_files(tmp_pa
     ]
     bins = {"band": Bin("price", 10.0)}
     config = DataConfig(train=tuple(paths), categorical=("user", "band"), multi_hot=("words",), cross=(("user", "band"),), bins=bins)
-    exact = 40 + 10 + 30 + len(set(zip(users.tolist(), (prices // 10).tolist(), strict=True)))
-    assert count_distinct(check_files(config.train, config), config) == pytest.approx(exact, rel=0.01)
+    exact = [40, 10, 30, len(set(zip(users.tolist(), (prices // 10).tolist(), strict=True)))]
+    assert count_distinct(check_files(config.train, config), config) == pytest.approx(exact, rel=0.01, abs=1)
 
 
 def test_a_null_is_an_id_and_a_shared_table_counts_an_id_once(tmp_path: Path) -> None:
@@ -95,11 +95,11 @@ def test_a_null_is_an_id_and_a_shared_table_counts_an_id_once(tmp_path: Path) ->
     apart = DataConfig(train=(path,), categorical=("a", "b"))
     shared = DataConfig(train=(path,), categorical=("a", "b"), shared_tables={"both": ("a", "b")})
     files = check_files((path,), apart)
-    assert count_distinct(files, apart) == 5  # 1, 2, null; 2, 3
-    assert count_distinct(files, shared) == 4  # 1, 2, 3, null
+    assert count_distinct(files, apart) == [3, 2]  # 1, 2, null; 2, 3
+    assert count_distinct(files, shared) == [4]  # 1, 2, 3, null
 
 
 def test_only_the_rows_that_will_be_read_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", label=[0] * 5000, a=list(range(5000)))
     config = DataConfig(train=(path,), categorical=("a",))
-    assert count_distinct(check_files((path,), config), config, max_rows=70) == pytest.approx(70, abs=2)
+    assert count_distinct(check_files((path,), config), config, max_rows=70) == pytest.approx([70], abs=2)

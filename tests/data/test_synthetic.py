@@ -95,6 +95,29 @@ def test_drift_changes_which_ids_are_popular(tmp_path: Path) -> None:
     assert moving < still - 0.3
 
 
+def click_rates(table: pa.Table, popular: list[int]) -> list[np.ndarray]:
+    """Labels' mean for each of the popular ids, in the first third and in the last one."""
+    ids, labels, third = table["c0"].to_numpy(), table["label"].to_numpy(), table.num_rows // 3
+    return [np.array([labels[part][ids[part] == each].mean() for each in popular]) for part in (slice(third), slice(-third, None))]
+
+
+def test_preference_drift_changes_what_ids_mean_for_the_label(tmp_path: Path) -> None:
+    spec = SyntheticSpec(rows=100_000, drift=0.0)
+    agreement = {}
+    for drift in (0.0, 2.0):
+        table = make(tmp_path / str(drift), replace(spec, preference_drift=drift))
+        popular = [each for each, _ in Counter(table["c0"].to_pylist()).most_common(12)]
+        agreement[drift] = np.corrcoef(click_rates(table, popular))[0, 1]
+    assert agreement[0.0] > 0.7
+    assert agreement[2.0] < 0  # half a turn: the opposite
+
+
+def test_popularity_can_be_renewed_more_than_once(tmp_path: Path) -> None:
+    spec = replace(SPEC, drift=3.0)
+    ids = make(tmp_path, spec)["c2"].to_numpy()
+    assert set(ids // spec.cardinality(2)) == {0, 1, 2, 3}
+
+
 def test_the_label_depends_on_the_ids(rows: pa.Table) -> None:
     labels = rows["label"].to_numpy().astype(float)
     ids = rows["c0"].to_numpy()
@@ -119,7 +142,7 @@ def test_some_dense_values_are_missing_and_lists_are_never_empty(rows: pa.Table)
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"rows": 0}, {"seed": -1}, {"test_share": 1.0}, {"skew": -0.1}, {"drift": 1.5}, {"click_rate": 0.0}],
+    [{"rows": 0}, {"seed": -1}, {"test_share": 1.0}, {"skew": -0.1}, {"drift": -0.5}, {"preference_drift": -0.5}, {"click_rate": 0.0}],
     ids=lambda each: next(iter(each)),
 )
 def test_a_log_that_cannot_be_made_is_refused_by_name(wrong: dict[str, float]) -> None:

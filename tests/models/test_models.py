@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from fiited_ray.config import ModelConfig
 from fiited_ray.models import DLRM, DCNv2, build_model
 from fiited_ray.models.interaction import interact, interact_plain, padded
+from fiited_ray.models.towers import linear
 
 KINDS = [ModelConfig(kind="dlrm", bottom=(5,), top=(6,)), ModelConfig(kind="dcnv2", cross_layers=2, cross_rank=3, top=(6,))]
 
@@ -20,7 +22,8 @@ def test_dlrm_multiplies_all_pairs() -> None:
         below = model.bottom(dense[row])
         all_vectors = [below, *vectors[row]]
         products = [all_vectors[i] @ all_vectors[j] for i in range(3) for j in range(i)]
-        expected = model.top(torch.cat([below, torch.stack(products)]))[0]
+        joined = torch.cat([below, torch.stack(products)])
+        expected = model.top(nn.functional.pad(joined, (0, model.columns - len(joined))))[0]
         torch.testing.assert_close(model(dense, vectors)[row], expected)
 
 
@@ -41,6 +44,22 @@ def test_the_interaction_operator_is_the_plain_one_with_its_gradients(with_below
         found.append([out, vectors.grad, *([below.grad] if below is not None else [])])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(("rows", "wide", "next_wide"), [(300, 384, 256), (7, 13, 5), (1, 3, 1), (0, 4, 2)])
+def test_a_float32_layer_and_its_gradients_are_those_of_float64(relu: bool, rows: int, wide: int, next_wide: int) -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((rows, wide), (next_wide, wide), (next_wide,))]
+    rounded = [each.detach().float().requires_grad_() for each in exact]
+    grad = torch.randn(rows, next_wide)
+    found = []
+    for inputs in (rounded, exact):
+        out = linear(*inputs, relu=relu)
+        out.backward(grad.to(out.dtype))
+        found.append([out, *(each.grad for each in inputs)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_dcn_crosses_as_the_paper_writes() -> None:

@@ -19,14 +19,25 @@ from fiited_ray.train.loop import Worker, train
 
 def run(config: Config, budget_bytes: int | None, workers: int) -> list[dict[str, Any]]:
     """Train; returns for each worker its losses, rows by (table, id) -> width, final metrics and most bytes at any step."""
+    return run_each([(config, budget_bytes)], workers)[0]
+
+
+def run_each(tasks: list[tuple[Config, int | None]], workers: int) -> list[list[dict[str, Any]]]:
+    """`run` for each configuration and budget, one after the other in the same processes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (config, budget_bytes, workers, folder), nprocs=workers)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(workers)]
+        mp.spawn(_work, (tasks, workers, folder), nprocs=workers)
+        return [[torch.load(Path(folder) / f"{at}-{rank}.pt", weights_only=False) for rank in range(workers)] for at in range(len(tasks))]
 
 
-def _work(rank: int, config: Config, budget_bytes: int | None, workers: int, folder: str) -> None:
+def _work(rank: int, tasks: list[tuple[Config, int | None]], workers: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=workers)
+    for at, (config, budget_bytes) in enumerate(tasks):
+        torch.save(_train(rank, config, budget_bytes, workers), Path(folder) / f"{at}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _train(rank: int, config: Config, budget_bytes: int | None, workers: int) -> dict[str, Any]:
     worker = Worker(config, budget_bytes, make_exchange(), GroupDecider(config.policy))
     files = check_files(config.data.train, config.data)
     size = config.train.batch_size
@@ -45,6 +56,4 @@ def _work(rank: int, config: Config, budget_bytes: int | None, workers: int, fol
     rows = worker.shard.export_rows()
     widths = dict(zip(zip(rows.tables.tolist(), rows.raw_ids.tolist(), strict=True), rows.widths.tolist(), strict=True))
     losses = worker.exchange.all_reduce(torch.tensor(worker.losses, dtype=torch.float64)).tolist()
-    result = {"losses": losses, "widths": widths, "metrics": metrics, "totals": totals, "bytes_sent": worker.bytes_sent}
-    torch.save(result, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {"losses": losses, "widths": widths, "metrics": metrics, "totals": totals, "bytes_sent": worker.bytes_sent}

@@ -1,0 +1,133 @@
+"""What the store gives out to be saved, as its plain-Python twin has it: the rows that changed, at their addresses, and the sketch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import fold, learn, make_spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fiited_ray.store import Rows, VhpiShard, ops
+from fiited_ray.store.layout import buckets_of
+from fiited_ray.store.reference import ReferenceShard, key_of
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32), decay=st.sampled_from([1.0, 0.9, 0.2]))
+def test_all_rows_that_changed_in_the_twin_are_given_out_and_sketches_are_equal(seed: int, decay: float) -> None:
+    spec = make_spec(decay=decay, importance="frequency")
+    shard, twin = VhpiShard(spec), ReferenceShard(spec)
+    random = np.random.default_rng(seed)
+    held: dict[int, tuple[int, int, bytes]] = {}  # by address: what all changes up to now say of it
+    for step in range(1, 20):
+        ids = torch.from_numpy(random.zipf(1.3, 60) % 300)
+        local = ops.dedup_ids(ids, torch.tensor([30, 60]), torch.tensor([0, 1], dtype=torch.int32), spec.seed, 1)
+        gradient = torch.from_numpy(random.integers(-3, 4, (local.keys.numel(), spec.dim))).float()
+        for each in (shard, twin):
+            found = each.lookup(local.keys, local.tables, local.counts, training=True, step=step)
+            each.update(found, fold(gradient, found.widths, spec), None, 0.05, step)
+        if random.random() < 0.4:
+            threshold = float(np.float32(random.choice([0.3, 2.0, 20.0])))
+            shard.resize(threshold)
+            twin.resize(threshold)
+        if random.random() < 0.4:
+            addresses, counts = shard.changed(False, [512, 1024])
+            assert int(counts.sum()) == len(addresses)
+            rows = shard.take(addresses)
+            ids_given = list(zip(rows.tables.tolist(), rows.raw_ids.tolist(), strict=True))
+            keys = {(key_of(raw, table, spec.seed), table) for table, raw in ids_given}
+            assert twin.take_changed() <= keys
+            buckets = buckets_of(rows.raw_ids.numpy(), rows.tables.numpy(), spec.seed)
+            assert (np.sort(buckets < 512)[::-1] == (buckets < 512)).all()  # ranges one after the other
+            parts = rows.values.split((rows.widths.long() * spec.chunk).tolist())
+            for address, ident, vector in zip(addresses.tolist(), ids_given, parts, strict=True):
+                held[address] = (*ident, vector.numpy().tobytes())
+            everything, _ = shard.changed(True, [1024])
+            now = shard.take(everything)
+            vectors = now.values.split((now.widths.long() * spec.chunk).tolist())
+            for address, table, raw, vector in zip(everything.tolist(), now.tables.tolist(), now.raw_ids.tolist(), vectors, strict=True):
+                assert held[address] == (table, raw, vector.numpy().tobytes())
+    cells, base = twin.sketch_cells()
+    assert torch.equal(shard.sketch()[0].sort(1)[0], cells.sort(1)[0])  # a round hands rows back in an order of its own
+    assert bool(cells.any()) or twin.threshold == 0
+    assert shard.state()[2] == base
+
+
+def test_what_was_given_out_is_not_given_out_again_until_it_changes() -> None:
+    shard = VhpiShard(make_spec())
+    learn(shard, list(range(50)), torch.ones(50, 12), 1)
+    assert len(shard.changed(False, [1024])[0]) == 50
+    assert len(shard.changed(False, [1024])[0]) == 0
+    learn(shard, [7], torch.ones(1, 12), 2)
+    addresses, counts = shard.changed(False, [1024])
+    assert shard.take(addresses).raw_ids.tolist() == [7]
+    assert counts.tolist() == [1]
+    assert len(shard.changed(True, [1024])[0]) == 50
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("placed", [True, False])
+def test_rows_come_back_bit_for_bit(optimizer: str, storage: str, placed: bool) -> None:
+    spec = make_spec(optimizer=optimizer, storage=storage, importance="norm", decay=0.9)
+    shard, again = VhpiShard(spec), VhpiShard(spec)
+    learn(shard, list(range(300)), torch.logspace(-3, 3, 300)[:, None].expand(300, 12), 3)
+    shard.resize(0.5)
+    addresses, _ = shard.changed(True, [1024])
+    rows = shard.take(addresses)
+    assert len(set(rows.widths.tolist())) == 3
+    again.restore(shard.state(), shard.threshold)
+    if placed:
+        again.reserve(shard.rows_by_width().sum(0).tolist())
+    order = torch.randperm(len(addresses), generator=torch.Generator().manual_seed(0))
+    again.put(pick(rows, order, spec.chunk, spec.state_sizes()), addresses[order], placed)
+    again.seal()
+    again.check()
+    for name, tensor in shard.export_rows().tensors().items():
+        assert torch.equal(tensor, again.export_rows().tensors()[name]), name
+    assert again.state() == shard.state()
+    if placed:
+        for name, tensor in rows.tensors().items():
+            assert torch.equal(tensor, again.take(addresses).tensors()[name]), name
+
+
+def pick(rows: Rows, order: torch.Tensor, chunk: int, state_sizes: torch.Tensor) -> Rows:
+    """The rows in another order."""
+    widths = rows.widths.long()
+    values = rows.values.split((widths * chunk).tolist())
+    state = rows.state.split(state_sizes[widths].tolist())
+    return Rows(
+        *(tensor[order] for tensor in (rows.raw_ids, rows.tables, rows.widths, rows.importance)),
+        torch.cat([values[at] for at in order.tolist()]),
+        torch.cat([state[at] for at in order.tolist()]),
+    )
+
+
+def test_a_load_into_a_shard_with_rows_is_refused() -> None:
+    shard = VhpiShard(make_spec())
+    learn(shard, [1], torch.ones(1, 12), 1)
+    with pytest.raises(RuntimeError, match="restore: there are rows in the store already"):
+        shard.restore(shard.state(), 0.0)
+
+
+def test_a_place_that_nothing_came_to_is_told() -> None:
+    shard = VhpiShard(make_spec())
+    shard.reserve([1, 0, 0])
+    with pytest.raises(RuntimeError, match="row 0 of width 1 never came"):
+        shard.seal()
+
+
+@pytest.mark.parametrize("ends", [[], [512], [1024, 512], [2048]])
+def test_ranges_that_do_not_end_with_the_shard_are_refused(ends: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="range"):
+        VhpiShard(make_spec()).changed(True, ends)
+
+
+def test_buckets_of_ids_are_those_of_their_keys() -> None:
+    raw = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 123456789])
+    for seed in (0, 5, 2**63 + 5):
+        for table in (0, 1, 70):
+            expected = [key_of(each, table, seed) >> 54 for each in raw.tolist()]
+            assert buckets_of(raw.numpy(), np.full(len(raw), table, np.int32), seed).tolist() == expected
