@@ -8,6 +8,7 @@ The same sums in the same order, without fused multiply-add: results do not depe
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import shutil
 from importlib.util import find_spec
@@ -67,13 +68,17 @@ def kernels(name: str, *flags: str) -> Extension:
     )
 
 
+# For tests under AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize): one build, and the first fault ends the program.
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1")
+SANITIZED = bool(os.environ.get("FIITED_RAY_SANITIZE"))
+
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 setup(
     ext_modules=[
-        kernels("_C"),
-        *([kernels("_C_avx2", "-march=x86-64-v3"), kernels("_C_avx512", "-march=x86-64-v4")] if ON_X86 else []),
+        kernels("_C", *(SANITIZE if SANITIZED else ())),
+        *([kernels("_C_avx2", "-march=x86-64-v3"), kernels("_C_avx512", "-march=x86-64-v4")] if ON_X86 and not SANITIZED else []),
     ],
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp311"}, "build_ext": {"parallel": 3}},

@@ -568,7 +568,7 @@ void store_update_pooled(int64_t handle, Tensor keys, Tensor tables, Tensor addr
 
 // ---- ids ---------------------------------------------------------------------------------------------------------------
 
-Tensor hash_strings(Tensor offsets, Tensor bytes) {
+Tensor hash_strings(Tensor offsets, Tensor bytes, int64_t seed) {
   const int64_t n = offsets.numel() - 1;
   REQUIRE(n >= 0, "offsets must have at least one element");
   const auto* ends = read<int64_t>(offsets, ScalarType::Long, "offsets", -1);
@@ -576,15 +576,15 @@ Tensor hash_strings(Tensor offsets, Tensor bytes) {
   for (int64_t i = 0; i < n; ++i) REQUIRE(ends[i] <= ends[i + 1], "string offsets fall at " + std::to_string(i));
   REQUIRE(ends[0] >= 0 && ends[n] <= bytes.numel(), "string offsets pass the end of the bytes");
   Tensor out = make(n, ScalarType::Long);
-  fiited::hash_strings(n, ends, data, static_cast<int64_t*>(out.mutable_data_ptr()));
+  fiited::hash_strings(n, ends, data, static_cast<uint64_t>(seed), static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
 
-Tensor cross_ids(Tensor left, Tensor right) {
+Tensor cross_ids(Tensor left, Tensor right, int64_t seed) {
   const int64_t n = left.numel();
   Tensor out = make(n, ScalarType::Long);
   fiited::cross_ids(n, read<int64_t>(left, ScalarType::Long, "left", n), read<int64_t>(right, ScalarType::Long, "right", n),
-                    static_cast<int64_t*>(out.mutable_data_ptr()));
+                    static_cast<uint64_t>(seed), static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -622,8 +622,8 @@ std::tuple<Tensor, Tensor> interact_backward(Tensor grad_out, std::optional<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fiited, m) {
-  m.def("hash_strings(Tensor offsets, Tensor bytes) -> Tensor");
-  m.def("cross_ids(Tensor left, Tensor right) -> Tensor");
+  m.def("hash_strings(Tensor offsets, Tensor bytes, int seed) -> Tensor");
+  m.def("cross_ids(Tensor left, Tensor right, int seed) -> Tensor");
   m.def("store_create(int[] ints, float[] floats) -> int");
   m.def("store_destroy(int handle) -> ()");
   m.def("store_plan(int[] ints, float[] floats) -> Tensor");

@@ -60,7 +60,7 @@ def fit_rows(config: Config, budget_bytes: int, distinct: list[int]) -> Config:
 
 def rows_within(config: Config, budget_bytes: int) -> int:
     """Rows of all their chunks that the workers' shards hold together."""
-    workers = config.train.workers
+    workers = config.train.most_workers
     plans = [ShardSpec.of(config, budget_bytes, rank, workers).plan() for rank in range(workers)]
     return (budget_bytes - sum(fixed for fixed, _ in plans)) // plans[0][1][-1] - _SPARE_ROWS * workers
 

@@ -1,22 +1,19 @@
-"""The one MLflow writer. The driver makes the run and ends it; in between rank 0 alone writes to it.
+"""The run in MLflow: the driver makes it and ends it; in between rank 0 alone writes to it (`run_writer`).
 
 Every call names its store: there is no global MLflow state. Metric names are stable (see docs/how-it-works.md, "What a run logs").
 """
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import DatasetInput, LifecycleStage, Metric, Param
+from mlflow.entities import DatasetInput, LifecycleStage, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
@@ -28,7 +25,6 @@ from fiited_ray.tracking_address import SQLITE, absolute_uri, check_address
 
 _PARAMS_AT_ONCE = 100
 _LONGEST_PARAM = 6000
-_METRICS_AT_ONCE = 1000
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI then shows pages for training, not for language models
 
 
@@ -78,7 +74,7 @@ def create_run(
         run = client.create_run(experiment, run_name=name or config.name, tags=tags)
         ref = RunRef(uri, experiment, run.info.run_id)
         flat = config.flat() | {"tracking.uri": redact(uri)} if params is None else params
-        entries = [Param(_metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
+        entries = [Param(metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
         for begin in range(0, len(entries), _PARAMS_AT_ONCE):
             client.log_batch(ref.run_id, params=entries[begin : begin + _PARAMS_AT_ONCE])
         client.log_text(ref.run_id, config.to_yaml(), "config.yaml")
@@ -160,26 +156,6 @@ def upload(ref: RunRef, files: Sequence[Path]) -> None:
             client.log_artifact(ref.run_id, str(file))
 
 
-class RunWriter:
-    """Rank 0's pen. What MLflow cannot write is a RuntimeError that names the store."""
-
-    def __init__(self, ref: RunRef) -> None:
-        self.ref = ref
-        self._client = MlflowClient(ref.uri)
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values of one step. A NaN says that a metric is undefined there (AUC of one class) and leaves a gap."""
-        now = int(time.time() * 1000)
-        metrics = [Metric(_metric_safe(name), value, now, step) for name, value in values.items() if not math.isnan(value)]
-        with redacting(self.ref.uri):
-            for begin in range(0, len(metrics), _METRICS_AT_ONCE):
-                self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
-
-    def figure(self, name: str, figure: Figure) -> None:
-        with redacting(self.ref.uri):
-            self._client.log_figure(self.ref.run_id, figure, name)
-
-
 @contextmanager
 def redacting(uri: str, error: type[Exception] = RuntimeError) -> Iterator[None]:
     """Turn MLflow's errors into ours: its own spell out the address, password and all, and so would their causes (hence from None)."""
@@ -206,7 +182,7 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
         return str(found.experiment_id)
 
 
-def _metric_safe(name: str) -> str:
+def metric_safe(name: str) -> str:
     """MLflow takes letters, digits, and _-./ and spaces."""
     return re.sub(r"[^\w\-./ ]", "_", name)
 

@@ -16,6 +16,7 @@ import ray.tune
 from fiited_ray import tracking
 from fiited_ray.config import Config, ConfigError
 from fiited_ray.fitting import settle
+from fiited_ray.run_writer import RunWriter
 from fiited_ray.tracked_data import data_digest, inputs_of
 from fiited_ray.tracked_model import log_model
 from fiited_ray.tracking_address import absolute_uri
@@ -102,7 +103,7 @@ def sweep(question: Question, say: Callable[[str], None] = print) -> Outcome:
         make_plan(bare.config(settings), counted if bare.config(settings).data == base.data else None)
     if isinstance(question.asked, Target):
         feasible(bare, question.asked)
-    connect(base.train.workers)
+    connect(base.train.most_workers)
     parent = _parent(question, folder, plan)
     setup = Setup(base, bare.data_digest, counted, folder, parent_tags(parent.run_id, base.name))
     keeper = Keeper(setup, parent, question.measure, say)
@@ -197,7 +198,7 @@ def parallel_trials(config: Config) -> int:
     cpus = int(ray.cluster_resources().get("CPU", 1))
     if len(ray.nodes()) == 1:
         cpus = min(cpus, os.cpu_count() or 1)
-    return max(1, cpus // (config.train.workers * config.train.threads))
+    return max(1, cpus // (config.train.most_workers * config.train.threads))
 
 
 def _steps(config: Config, plan: Plan) -> int:
@@ -240,7 +241,9 @@ def _conclude(question: Question, keeper: Keeper, plan: Plan, parent: tracking.R
         files.append("best.yaml")
         _log_best(keeper.shared, found.best, parent)
         # charts of runs that are not unfolded show the sweep as the trial it found
-        tracking.RunWriter(parent).metrics(int(found.best.metrics["step"]), found.best.metrics)
+        writer = RunWriter(parent, question.base.tracking.patience_seconds)
+        writer.metrics(int(found.best.metrics["step"]), found.best.metrics)
+        writer.close()
     tracking.upload(parent, [folder.path / name for name in files])
     tracking.describe(parent, f"{found.sentence}\n\n{text}")
     return Outcome(found, text, tuple(trials), folder.path, parent)
