@@ -53,7 +53,8 @@ def make_worker(budget: int | None = None, not_finite: str = "error", seed: int 
 def overflowing(worker: Worker) -> Worker:
     """The same with a model that turns huge dense values into infinite ones."""
     with torch.no_grad():
-        next(worker.dense.parameters()).mul_(1e4)
+        for each in worker.dense.parameters():
+            each.mul_(1e4)
     return worker
 
 
