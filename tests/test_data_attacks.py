@@ -53,7 +53,8 @@ def make_worker(budget: int | None = None, not_finite: str = "error", seed: int 
 def overflowing(worker: Worker) -> Worker:
     """The same with a model that turns huge dense values into infinite ones."""
     with torch.no_grad():
-        next(worker.dense.parameters()).mul_(1e4)
+        for each in worker.dense.parameters():
+            each.mul_(1e4)
     return worker
 
 
@@ -227,7 +228,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_any_row_learns() -> None:
     train_step(worker, batch([1, 2], [3, 4]))
     before = worker.shard.export_rows().tensors()
     with pytest.raises(ValueError, match=r"step 2: the model's logit for row 0 of worker 0's batch is (nan|inf|-inf); look for huge"):
-        train_step(worker, batch([1, 2], [3, 4], dense=3e38))
+        train_step(worker, batch([1, 2], [3, 4], dense=float("inf")))
     assert all(torch.equal(tensor, before[name]) for name, tensor in worker.shard.export_rows().tensors().items())
 
 
@@ -238,7 +239,7 @@ def test_a_step_without_a_finite_loss_is_skipped_counted_and_leaves_no_trace(cap
     dense = [each.detach().clone() for each in worker.dense.parameters()]
     rows = worker.shard.export_rows()
     with caplog.at_level(logging.WARNING):
-        train_step(worker, bad)
+        train_step(worker, batch([1, 2], [3, 4], dense=float("inf")))
     assert "the step is skipped" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(dense, worker.dense.parameters(), strict=True))
     assert torch.equal(rows.values, worker.shard.export_rows().values)
