@@ -14,14 +14,10 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
+from fiited_ray.checkpoint import load_model
 from fiited_ray.config import DataConfig
 from fiited_ray.data.collate import Collator
 from fiited_ray.data.errors import DataError
-from fiited_ray.exchange import Solo
-from fiited_ray.fixed_rows import make_embedding
-from fiited_ray.models import build_model
-from fiited_ray.store import ShardSpec, VhpiShard
-from fiited_ray.train import checkpoint
 
 PREDICTION = "probability"
 _ROWS_AT_ONCE = 16384
@@ -32,22 +28,15 @@ class Predictor:
     """A saved model in one process.
 
     Args:
-        folder: a saved model's (see `fiited_ray.train.checkpoint`).
+        folder: a saved model's (see `fiited_ray.checkpoint`).
 
     Raises:
         CheckpointError: for a folder that is not a saved model, or a damaged one.
     """
 
     def __init__(self, folder: Path) -> None:
-        saved = checkpoint.open_model(folder)
-        config = saved.config
-        self.config = dataclasses.replace(config.data, time=None)  # the order of rows does not matter to a prediction
-        shard = VhpiShard(ShardSpec.of(config, None))
-        checkpoint.restore(saved, shard)
-        embedding = config.embedding
-        self._embedding = make_embedding(config, shard, Solo(), lr=embedding.lr, mean=embedding.pooling == "mean").eval()
-        self._dense = build_model(config.model, len(config.data.dense), len(config.data.features), embedding.dim).eval()
-        checkpoint.load_dense(saved, self._dense)
+        self._model = load_model(folder)
+        self.config = dataclasses.replace(self._model.config.data, time=None)  # the order of rows does not matter to a prediction
         self._collate = Collator(self.config)
 
     def predict(self, rows: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -83,11 +72,8 @@ class Predictor:
             table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64(), from_pandas=True, safe=False))
         return table
 
-    @torch.no_grad()
     def _scores(self, table: pa.Table) -> torch.Tensor:
-        batch = self._collate(table, "rows")
-        batch.validate(self.config.features, self.config.dense)
-        return torch.sigmoid(self._dense(batch.dense, self._embedding(batch)))
+        return torch.sigmoid(self._model.logits(self._collate(table, "rows")))
 
 
 def input_columns(config: DataConfig) -> list[str]:

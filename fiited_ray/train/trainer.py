@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -122,7 +123,7 @@ def run(
     folder = checkpoint.Folder(result.checkpoint.filesystem, result.checkpoint.path)
     outcome = Outcome(result.metrics, f"{storage_path(config)}/{config.name}/{folder.name}", run_ref)
     if config.tracking.log_model:
-        log_model(run_ref, plan, outcome.model_folder, outcome.metrics)
+        log_model(run_ref, plan, Path(outcome.model_folder), outcome.metrics)
     tracking.describe(run_ref, f"```\n{summary(plan, outcome)}\n```")
     tracking.finish(run_ref, "FINISHED")
     return outcome
