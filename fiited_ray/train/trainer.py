@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -141,7 +140,7 @@ def run(
     folder = checkpoint.Folder(result.checkpoint.filesystem, result.checkpoint.path)
     outcome = Outcome(result.metrics, f"{storage_path(config)}/{config.name}/{folder.name}", run_ref)
     if config.tracking.log_model:
-        log_model(run_ref, plan, Path(outcome.model_folder), outcome.metrics)
+        log_model(run_ref, plan, outcome.model_folder, outcome.metrics)
     tracking.describe(run_ref, f"```\n{summary(plan, outcome)}\n```")
     tracking.finish(run_ref, "FINISHED")
     return outcome
