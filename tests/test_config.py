@@ -433,7 +433,7 @@ def full_config() -> Config:
         model=ModelConfig("dcnv2", (32,), (16,), 2, 8),
         train=TrainConfig((1, 3), 2, True, 512, 1, 100, "sgd", 0.01, 10, True, 1, True, "skip", 5.0, 50.0, 7.0, 8.0),
         checkpoint=CheckpointConfig(7, 3, 4, "always", 5, 2**21),
-        tracking=TrackingConfig("sqlite:///other.db", "other", 5, 60.0),
+        tracking=TrackingConfig("sqlite:///other.db", "other", 5, 0.0, False, 9.0),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import ray.cloudpickle
 import yaml
 
 from fiited_ray.config import (
@@ -58,6 +59,7 @@ def test_a_worker_killed_in_each_phase_costs_no_step_and_one_run_shows_each_once
 ) -> None:
     import dying
 
+    ray.cloudpickle.register_pickle_by_value(dying)  # workers of a Ray that other tests started do not find it
     made = trainer.ray.train.torch.TorchTrainer
 
     def with_deaths(work: Any, *, train_loop_config: dict[str, Any], **arguments: Any) -> Any:
