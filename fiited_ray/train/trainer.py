@@ -22,6 +22,7 @@ from fiited_ray.data import parquet_batches, ray_batches, ray_dataset
 from fiited_ray.data.files import Files
 from fiited_ray.data.reader import data_config
 from fiited_ray.exchange import make_exchange
+from fiited_ray.store import backends
 from fiited_ray.summary import summary
 from fiited_ray.train.loop import Batches, Worker, fit_budget, train
 from fiited_ray.train.plan import Plan
@@ -55,6 +56,8 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         else:  # workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores
             cpus = max(os.cpu_count() or 1, workers + 2)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    if config.train.use_gpu and "RAY_ADDRESS" not in os.environ and (gpus := _gpus_of_ray()) < workers:
+        raise RuntimeError(f"train.use_gpu: {workers} worker(s) want a GPU each, and Ray has {gpus:.0f} here; set it to false")
     synthetic = plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic)
     before = resume_point(config, plan.files)
     run_ref = tracking.open_run(config, {"synthetic_data": str(synthetic)}, before.run if before else None)
@@ -66,10 +69,12 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         datasets["train"] = ray_dataset(plan.files, config.data, config.data.max_rows)
         if plan.test_files:
             datasets["test"] = ray_dataset(plan.test_files, config.data)
+    resources = {"CPU": 1} | ({"GPU": 1} if config.train.use_gpu else {})
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={"plan": plan, "run": run_ref, "coordinator": coordinator, "lineage": before.run if before else run_ref.run_id},
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=config.train.use_gpu, resources_per_worker=resources),
         datasets=datasets,
         dataset_config=data_config(),
         run_config=ray.train.RunConfig(
@@ -129,6 +134,8 @@ def _work(setup: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.train.threads)
+    if config.train.use_gpu:
+        use_gpu()
     writer = tracking.RunWriter(setup["run"]) if rank == 0 else None
     tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
     decider = RemoteDecider(setup["coordinator"], rank)
@@ -163,3 +170,23 @@ def restore_last(worker: Worker, lineage: str, files: Files) -> None:
     checkpoint.restore(checkpoint.open_checkpoint(folder), worker, list(files.rows))
     fit_budget(worker)
     worker.tell(f"goes on from {folder.path}, step {worker.step:,}")
+
+
+def use_gpu() -> None:
+    """Make the worker's GPU the current one.
+
+    Raises:
+        RuntimeError: when there is none, or no store for it.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("train.use_gpu: torch sees no GPU here; install a torch for CUDA and a driver, or set it to false")
+    if "cuda" not in backends():
+        raise RuntimeError(
+            "train.use_gpu: the store was not built for GPUs here; rebuild with nvcc and a torch for CUDA, or set it to false"
+        )
+    torch.cuda.set_device(ray.train.torch.get_device())
+
+
+def _gpus_of_ray() -> float:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get("GPU", 0.0)
