@@ -20,7 +20,11 @@ requirements = $(bin)/python -c 'import tomllib; project = tomllib.load(open("py
 run_needs = project["build-system"]["requires"] + project["project"]["dependencies"]
 dev_needs = project["project"]["optional-dependencies"]["dev"]
 
-.PHONY: help setup train test lint format ui clean emulation cuda-check
+# The store's tests with its kernels built to stop at the first wrong access, overflow or undefined shift. The runtimes come before Python;
+# leaks are not looked for, because the interpreter itself never frees what it interns.
+sanitized := build/sanitize/lib
+
+.PHONY: help setup train test sanitize lint format ui clean emulation cuda-check
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
@@ -39,6 +43,12 @@ emulation: $(VENV)/.emulated  ## build the CUDA sources for the CPU, as the test
 cuda-check: $(VENV)/.emulated $(VENV)/.dev  ## compile the CUDA sources where nvcc is, and test them emulated; no GPU is needed
 	@$(bin)/python cuda_ext/nvcc.py build/cuda
 	@$(bin)/python -m pytest -q tests/store/test_devices.py
+
+sanitize: $(VENV)/.dependencies $(VENV)/.dev  ## the store's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@FIITED_RAY_SANITIZE=1 $(bin)/python setup.py -q build --build-base build/sanitize --build-lib $(sanitized)
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(sanitized) \
+	  $(bin)/python -P -m pytest -q -p no:cacheprovider tests/store --ignore tests/store/test_builds.py
 
 lint: $(VENV)/.built $(VENV)/.dev  ## formatting, lint and types
 	@$(bin)/ruff check .
@@ -70,10 +80,11 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.dependencies: pyproject.toml | $(VENV)/.python
+$(VENV)/.dependencies: pyproject.toml requirements.lock | $(VENV)/.python
 	@echo "==> installing dependencies: some minutes the first time, for PyTorch and Ray are large"
 	@$(call requirements,$(run_needs)) > $(VENV)/requirements.txt
-	@$(pip) install --quiet --requirement $(VENV)/requirements.txt
+	@sed -e '/--hash=/d' -e 's/ \\$$//' requirements.lock > $(VENV)/constraints.txt
+	@$(pip) install --quiet --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies setup.py $(kernels) $(headers)
@@ -89,5 +100,5 @@ $(VENV)/.emulated: $(VENV)/.built
 $(VENV)/.dev: $(VENV)/.dependencies
 	@echo "==> installing test and lint tools"
 	@$(call requirements,$(dev_needs)) > $(VENV)/requirements-dev.txt
-	@$(pip) install --quiet --requirement $(VENV)/requirements-dev.txt
+	@$(pip) install --quiet --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements-dev.txt
 	@touch $@

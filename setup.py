@@ -86,6 +86,11 @@ def kernels(name: str, *flags: str) -> Extension:
     )
 
 
+# For tests under AddressSanitizer and UndefinedBehaviorSanitizer (make sanitize): one build, and the first fault ends the program.
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1")
+SANITIZED = bool(os.environ.get("FIITED_RAY_SANITIZE"))
+
+
 def store_on_device(name: str, sources: list[Path], *flags: str, **more: Any) -> Extension:
     """The store of cuda_ext/cuda, for GPUs or emulated."""
     extension = kernels(name, *flags)
@@ -106,11 +111,13 @@ ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 nvcc = nvcc_module().find()
 
 extensions = [
-    kernels("_C"),
-    *([kernels("_C_avx2", "-march=x86-64-v3"), kernels("_C_avx512", "-march=x86-64-v4")] if ON_X86 else []),
+    kernels("_C", *(SANITIZE if SANITIZED else ())),
+    *([kernels("_C_avx2", "-march=x86-64-v3"), kernels("_C_avx512", "-march=x86-64-v4")] if ON_X86 and not SANITIZED else []),
 ]
 if os.environ.get("FIITED_EMULATION") == "1":
     extensions = [store_on_device("_emulated", [KERNELS / "emulation" / "emulated.cpp"], "-DFIITED_EMULATED")]
+elif SANITIZED:
+    pass
 elif reason := missing_for_cuda():
     print(f"fiited-ray: the store is built for CPUs only, for {reason}")
 else:

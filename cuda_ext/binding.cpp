@@ -427,7 +427,7 @@ void store_seal(int64_t handle) { shard_at(handle)->seal(); }
 
 // ---- ids ---------------------------------------------------------------------------------------------------------------
 
-Tensor hash_strings(Tensor offsets, Tensor bytes) {
+Tensor hash_strings(Tensor offsets, Tensor bytes, int64_t seed) {
   const int64_t n = offsets.numel() - 1;
   REQUIRE(n >= 0, "offsets must have at least one element");
   const auto* ends = read<int64_t>(offsets, ScalarType::Long, "offsets", -1);
@@ -435,15 +435,15 @@ Tensor hash_strings(Tensor offsets, Tensor bytes) {
   for (int64_t i = 0; i < n; ++i) REQUIRE(ends[i] <= ends[i + 1], "string offsets fall at " + std::to_string(i));
   REQUIRE(ends[0] >= 0 && ends[n] <= bytes.numel(), "string offsets pass the end of the bytes");
   Tensor out = make(n, ScalarType::Long);
-  fiited::hash_strings(n, ends, data, static_cast<int64_t*>(out.mutable_data_ptr()));
+  fiited::hash_strings(n, ends, data, static_cast<uint64_t>(seed), static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
 
-Tensor cross_ids(Tensor left, Tensor right) {
+Tensor cross_ids(Tensor left, Tensor right, int64_t seed) {
   const int64_t n = left.numel();
   Tensor out = make(n, ScalarType::Long);
   fiited::cross_ids(n, read<int64_t>(left, ScalarType::Long, "left", n), read<int64_t>(right, ScalarType::Long, "right", n),
-                    static_cast<int64_t*>(out.mutable_data_ptr()));
+                    static_cast<uint64_t>(seed), static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -493,8 +493,8 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("store_sketch(int handle) -> (Tensor, Tensor)");
   m.def("store_put_sketch(int handle, int first_bucket, Tensor cells, int base, Tensor registers) -> ()");
   m.def("store_seal(int handle) -> ()");
-  m.def("hash_strings(Tensor offsets, Tensor bytes) -> Tensor");
-  m.def("cross_ids(Tensor left, Tensor right) -> Tensor");
+  m.def("hash_strings(Tensor offsets, Tensor bytes, int seed) -> Tensor");
+  m.def("cross_ids(Tensor left, Tensor right, int seed) -> Tensor");
   m.def("interact(Tensor? below, Tensor vectors, int columns) -> Tensor");
   m.def("interact_backward(Tensor grad_out, Tensor? below, Tensor vectors) -> (Tensor, Tensor)");
 }

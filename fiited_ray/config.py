@@ -25,6 +25,9 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
+_DERIVED = {"derived": True}  # metadata of a field that is no key: it follows from others
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and says what to do."""
 
@@ -109,6 +112,10 @@ class DataConfig:
     time: str | None = None  # rows are read in this column's order
     max_rows: int | None = None  # read no more training rows than this
     reader: Literal["arrow", "ray"] = "arrow"  # arrow: each worker reads the files itself; ray: through Ray Data, which can also sort
+    # a label that is not 0 or 1, a dense value, weight or binned number that is not finite, the id that stands for null: the run ends
+    # with an error that names the row; or the row is left out, counted as data/skipped_rows, and named in the log
+    bad_rows: Literal["error", "skip"] = "error"
+    seed: int = field(default=0, metadata=_DERIVED)  # keys the hash of strings and crosses; Config sets it to the run's
 
     def __post_init__(self) -> None:
         names = [*self.dense, *self.categorical, *self.multi_hot, self.label]
@@ -243,7 +250,7 @@ class ModelConfig:
 class TrainConfig:
     """The loop."""
 
-    workers: int = 2
+    workers: int | tuple[int, int] = 2  # or [fewest, most]: as many as the cluster has room for; the run goes on with fewer or more
     threads: int = 1  # per worker
     use_gpu: bool = False  # each worker has a GPU, which holds its part of the store and of the model
     batch_size: int = 4096  # rows of one step, over all workers
@@ -254,16 +261,43 @@ class TrainConfig:
     eval_every: int | None = None  # steps; the test set is always scored at the end
     progressive: bool = False  # score each batch before learning from it
     overlap: int = 0  # 1: check and route the next batch in a thread while this one is in the model; results are the same
+    debug: bool = False  # check every invariant of the store after each step, naming the row that breaks one: slow
+    # a loss or gradient that is not finite: the run ends before a row learns from it; or the step, or the bag, is skipped and counted
+    not_finite: Literal["error", "skip"] = "error"
+    stall_seconds: float = 60.0  # when no step ends for so long, every worker writes its stacks to OUTPUT/NAME/logs
+    timeout_seconds: float = 600.0  # when none ends for so long, the worker gives up, and with it the attempt
+    grace_seconds: float = 60.0  # a run that is told to end (SIGTERM) saves and ends within this time
+    resize_seconds: float = 60.0  # with [fewest, most] workers: how often it is looked whether there is room for more
 
     def __post_init__(self) -> None:
-        _require(self.workers > 0 and self.threads > 0, "train: workers and threads must be above 0", (self.workers, self.threads))
+        pair = isinstance(self.workers, tuple)
+        _require(not pair or self.fewest_workers <= self.most_workers, "train.workers: write [fewest, most]", self.workers)
+        _require(self.fewest_workers > 0 and self.threads > 0, "train: workers and threads must be above 0", (self.workers, self.threads))
         _require(self.overlap in (0, 1), "train.overlap must be 0 or 1", self.overlap)
-        _require(self.workers <= 1024, "train.workers: at most 1024, one for each virtual bucket", self.workers)
-        _require(self.batch_size >= self.workers, "train.batch_size must give each worker a row", self.batch_size)
+        _require(self.most_workers <= 1024, "train.workers: at most 1024, one for each virtual bucket", self.workers)
+        _require(self.batch_size >= self.most_workers, "train.batch_size must give each worker a row", self.batch_size)
         _require(self.epochs > 0, "train.epochs must be above 0", self.epochs)
         _require(self.max_steps is None or self.max_steps > 0, "train.max_steps must be above 0", self.max_steps)
         _require(self.eval_every is None or self.eval_every > 0, "train.eval_every must be above 0", self.eval_every)
         _require(self.lr > 0, "train.lr must be above 0", self.lr)
+        _require(
+            0 < self.stall_seconds < self.timeout_seconds,
+            "train.stall_seconds must be above 0 and below train.timeout_seconds",
+            (self.stall_seconds, self.timeout_seconds),
+        )
+        _require(
+            self.grace_seconds > 0 and self.resize_seconds > 0,
+            "train: grace_seconds and resize_seconds must be above 0",
+            (self.grace_seconds, self.resize_seconds),
+        )
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
 
 
 @dataclass(frozen=True)
@@ -294,6 +328,9 @@ class TrackingConfig:
     uri: str = field(default="sqlite:///mlflow.db", repr=False)
     experiment: str = "fiited-ray"
     log_every: int = 10  # steps
+    system_every: float = 10.0  # seconds between samples of the first worker's machine (CPU, memory, disk, network, GPU); 0: none
+    log_model: bool = True  # put the trained model among MLflow's, ready for its registry; it then lies there a second time
+    patience_seconds: float = 300.0  # training never waits for the store; a finished run waits so long for one that is away
 
     def __post_init__(self) -> None:
         _require(
@@ -302,6 +339,8 @@ class TrackingConfig:
             redact(self.uri),
         )
         _require(self.log_every > 0, "tracking.log_every must be above 0", self.log_every)
+        _require(self.system_every >= 0, "tracking.system_every must not be negative", self.system_every)
+        _require(self.patience_seconds >= 0, "tracking.patience_seconds must not be negative", self.patience_seconds)
 
 
 @dataclass(frozen=True)
@@ -325,6 +364,7 @@ class Config:
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", dataclasses.replace(self.data, seed=self.seed))
         _require(
             re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name) is not None,
             "name: letters, digits, '.', '_' and '-' only, not '.' first",
@@ -354,6 +394,17 @@ class Config:
         """`{"embedding.dim": "32", ...}`, as run parameters want them."""
         return dict(_flatten("", self.to_dict()))
 
+    def with_settings(self, settings: typing.Mapping[str, Any]) -> Config:
+        """This configuration with plain values under dotted keys, such as `{"budget": "1/16", "policy.alpha": 4}`.
+
+        Raises:
+            ConfigError: naming the key, as `load` does.
+        """
+        tree = _plain(self)
+        for key, value in settings.items():
+            _set(tree, key, value)
+        return typing.cast(Config, _build(Config, tree, ""))
+
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `key=value` overrides such as `train.workers=4` (the value is read as YAML).
@@ -381,16 +432,20 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {redact(override)!r}: write key=value, such as train.workers=4")
+    try:
+        _set(tree, key, yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: the value is not YAML: {_without_text(error)}") from None
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {key}: {parent} is a value, not a group of keys")
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {key}: the value is not YAML: {_without_text(error)}") from None
+    node[leaf] = value
 
 
 def _without_text(error: Exception) -> str:
@@ -413,7 +468,9 @@ def _build(kind: Any, value: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _build(next(arg for arg in args if arg is not type(None)), value, key)
+        choices = [arg for arg in args if arg is not type(None)]
+        listed = [arg for arg in choices if typing.get_origin(arg) is tuple] if isinstance(value, list | tuple) else []
+        return _build((listed or choices)[0], value, key)
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
@@ -447,7 +504,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
 def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(f"{key or 'config'}: a group of keys is wanted, not {value!r}")
-    hints = typing.get_type_hints(kind)
+    derived = {each.name for each in dataclasses.fields(kind) if each.metadata == _DERIVED}
+    hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name not in derived}
     for name in value:
         if name not in hints:
             close = difflib.get_close_matches(str(name), hints, 1)
@@ -463,7 +521,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Budget):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value) if each.metadata != _DERIVED}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

@@ -76,21 +76,34 @@ class Coordinator:
         self._policy = policy
         self._workers = workers
         self._wait = wait_seconds
+        self._attempt = 0
         self._rounds: dict[int, _Round] = {}
+        self._stop = ""
         self._telemetry: list[dict[str, float]] = []
         self._progress = ""
 
-    async def decide(self, number: int, rank: int, report: ShardReport, state: RoundState) -> Decision | None:
+    async def decide(
+        self, number: int, rank: int, report: ShardReport, state: RoundState, attempt: int = 0, workers: int | None = None
+    ) -> Decision | None:
         """Report for shard `rank` of round `number`; returns when the round is decided, or None once its wait is over.
 
-        All shards of a round get the same answer, those too late for it included; None when it is no longer remembered.
+        All shards of a round get the same answer, those too late for it included; None when it is no longer remembered, or belongs to
+        an attempt that is over.
+
+        Args:
+            attempt: rises each time workers are started anew; what earlier ones reported is then forgotten.
+            workers: how many there are in this attempt; None: as many as when the actor was made.
 
         Raises:
             ValueError: on every shard of the round, for a rank that cannot be, a rank that says two things, or shards that differ in
                 what should be the same for all.
             ConfigError: on every shard of the round, for a budget or ceiling that does not hold the least.
         """
-        current = self._round(number)
+        if attempt > self._attempt:
+            for each in self._rounds.values():
+                each.close()
+            self._rounds, self._attempt, self._workers = {}, attempt, workers or self._workers
+        current = self._round(number) if attempt == self._attempt else None
         if current is None:
             return None
         if not current.closed.is_set():
@@ -139,6 +152,14 @@ class Coordinator:
     async def progress(self) -> str:
         return self._progress
 
+    async def stop(self, why: str) -> None:
+        """Ask the workers to save and end."""
+        self._stop = why
+
+    async def stopping(self) -> str:
+        """Why the workers are to end; empty while they are not."""
+        return self._stop
+
     async def telemetry(self) -> list[dict[str, float]]:
         """The last 1000 decisions: round, threshold, planned and changed bytes, skipped, rows, seconds."""
         return self._telemetry
@@ -167,10 +188,11 @@ def start_coordinator(policy: PolicyConfig, workers: int, wait_seconds: float = 
 class RemoteDecider:
     """A worker's line to the coordinator. It never hangs: what goes wrong there, or lasts too long, is a round without decision."""
 
-    def __init__(self, actor: Any, rank: int, wait_seconds: float = WAIT_SECONDS) -> None:
+    def __init__(self, actor: Any, rank: int, wait_seconds: float = WAIT_SECONDS, attempt: int = 0, workers: int | None = None) -> None:
         self.actor = actor
         self.rank = rank
         self.wait_seconds = wait_seconds
+        self.attempt, self.workers = attempt, workers
 
     def decide(self, number: int, report: ShardReport, state: RoundState) -> Decision | None:
         """The decision of round `number`, or None.
@@ -179,7 +201,9 @@ class RemoteDecider:
             ValueError: what the coordinator refuses; an error in the reports is not a round without decision.
         """
         try:
-            answer: Decision | None = ray.get(self.actor.decide.remote(number, self.rank, report, state), timeout=self.wait_seconds * 1.5)
+            answer: Decision | None = ray.get(
+                self.actor.decide.remote(number, self.rank, report, state, self.attempt, self.workers), timeout=self.wait_seconds * 1.5
+            )
         except RayTaskError:
             raise
         except RayError:  # the actor is dead, restarting or out of reach, or the answer takes too long

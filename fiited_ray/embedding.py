@@ -27,6 +27,7 @@ from fiited_ray.store import ops
 from fiited_ray.store.shard import ALL_KEYS, Lookup, VhpiShard
 
 _MORE = 1.5  # a step may ask for this much more than the last one did
+_LONGEST_GRADIENT = 1e12  # of a bag: the squares of sums of many such are still finite
 _SPARE_ROWS = 64  # room for shards where more than the even part of the rows asks
 
 
@@ -112,6 +113,7 @@ class ShardedEmbedding(nn.Module):
         mean: pool bags by their mean, not their sum.
         budget_bytes: of all shards together.
         ceiling_bytes: most that this worker may take of it.
+        skip_not_finite: a bag whose gradient is not finite, or longer than 1e12, is counted and teaches nothing; else it is an error.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class ShardedEmbedding(nn.Module):
         budget_bytes: int | None = None,
         ceiling_bytes: int | None = None,
         times: PhaseTimes | None = None,
+        skip_not_finite: bool = False,
     ) -> None:
         super().__init__()
         self.shard = shard
@@ -133,6 +136,10 @@ class ShardedEmbedding(nn.Module):
         self.budget_bytes = budget_bytes
         self.ceiling_bytes = ceiling_bytes
         self.times = times or PhaseTimes()
+        self.skip_not_finite = skip_not_finite
+        self.skipped_bags = 0  # whose gradient was not finite
+        self.stop_asked = False  # this worker is to end
+        self.stop_agreed = False  # some worker is, as all of them know since the last training batch
         self.step = 0  # training batches seen
         self.totals: StepTotals | None = None  # of the last training batch
         self.admits = True  # whether ids without a row may get one
@@ -166,6 +173,8 @@ class ShardedEmbedding(nn.Module):
         asked = exchange.all_to_all(wanted, send, receive)
         merged = ops.dedup_keys(asked[:, 0].contiguous(), (asked[:, 1] >> 32).int(), asked[:, 1].int())
         all_rows, all_lookups = told[:, 1:].sum(0).tolist()
+        if all_lookups >= 2**31:  # counts of lookups are 32-bit numbers
+            raise ValueError(f"a global batch has {all_lookups:,} ids; fewer than 2**31 are possible: lower train.batch_size")
         return Route(all_rows, all_lookups, local.inverse, send, receive, *merged)
 
     def forward(self, batch: Batch, route: Route | None = None) -> Tensor:
@@ -223,8 +232,9 @@ class ShardedEmbedding(nn.Module):
         self.step += 1
         stats = self.shard.stats()
         self._peak_bytes = max(self._peak_bytes, stats.peak)
-        mine = torch.tensor([stats.planned, stats.refused, stats.asked_bytes])
-        totals = StepTotals(*self.exchange.all_reduce(mine).tolist())
+        mine = torch.tensor([stats.planned, stats.refused, stats.asked_bytes, int(self.stop_asked)])
+        *numbers, stops = self.exchange.all_reduce(mine).tolist()
+        totals, self.stop_agreed = StepTotals(*numbers), stops > 0
         if self.budget_bytes is not None:
             limit = shard_limit(self.budget_bytes, stats.planned, totals.planned_bytes, self.exchange.workers, self.ceiling_bytes)
             self.shard.set_limit(limit)
@@ -257,6 +267,11 @@ class ShardedEmbedding(nn.Module):
         """Take the gradient of the pooled vectors [B, F, D] to the rows' owners, who update."""
         spec, route = self.shard.spec, reading.route
         grad_pooled = grad_pooled.contiguous()
+        if self.skip_not_finite:
+            odd = ~(torch.linalg.vector_norm(grad_pooled, dim=2, keepdim=True) <= _LONGEST_GRADIENT)  # NaN is odd, too
+            if bool(odd.any()):
+                self.skipped_bags += int(odd.sum())
+                grad_pooled = grad_pooled.masked_fill(odd, 0.0)
         if self.exchange.workers == 1:
             with self.times.phase("update"):
                 norms = self._lookup_norms(grad_pooled, reading)

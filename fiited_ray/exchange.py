@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -48,10 +49,12 @@ class Group:
 
     Args:
         group: a group of its own, so that its operations cannot cross those of the dense parameters.
+        timeout: an operation that takes longer is an error.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
         self.group = group
+        self._timeout = timeout
         self.rank = dist.get_rank(group)
         self.workers = dist.get_world_size(group)
         self.bytes_sent = 0
@@ -69,13 +72,18 @@ class Group:
         return out
 
     def another(self) -> Group:
-        return Group(dist.new_group(dist.get_process_group_ranks(self.group)))
+        return Group(dist.new_group(dist.get_process_group_ranks(self.group), self._timeout), self._timeout)
 
 
-def make_exchange() -> Exchange:
-    """The exchange of this process: `Group` over a new process group where torch.distributed runs, `Solo` elsewhere."""
+def make_exchange(timeout_seconds: float | None = None) -> Exchange:
+    """The exchange of this process: `Group` over a new process group where torch.distributed runs, `Solo` elsewhere.
+
+    Args:
+        timeout_seconds: an operation that takes longer is an error; None: torch's own, half an hour.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        return Group(dist.new_group())
+        timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+        return Group(dist.new_group(timeout=timeout), timeout)
     return Solo()
 
 

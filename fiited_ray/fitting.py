@@ -28,11 +28,15 @@ def settle(config: Config, distinct: list[int] | None) -> tuple[Config, int | No
     budget = config.budget.bytes
     if distinct is not None and config.budget.share is not None:
         budget = int(sum(distinct) * dense_row_bytes(config.embedding) * config.budget.share)
+    if fixes_rows(config) and budget is None:
+        raise ConfigError(f"budget: method {config.method} fixes its rows by it; name bytes (64MiB) or a share (1/16), not none")
     check_budget(config, budget)
-    return (config if distinct is None else fit_rows(config, budget, distinct)), budget
+    if distinct is None or budget is None:
+        return config, budget
+    return fit_rows(config, budget, distinct), budget
 
 
-def fit_rows(config: Config, budget_bytes: int | None, distinct: list[int]) -> Config:
+def fit_rows(config: Config, budget_bytes: int, distinct: list[int]) -> Config:
     """The configuration with `embedding.rows` and `remainders` (methods `hash` and `qr`) or `embedding.kept_dim` (`uniform`) found.
 
     What is given already stays. Other methods' configurations are returned as they are.
@@ -44,7 +48,7 @@ def fit_rows(config: Config, budget_bytes: int | None, distinct: list[int]) -> C
     Raises:
         ConfigError: when the method cannot do with so few bytes, naming the smallest budget it can do with.
     """
-    if not fixes_rows(config) or budget_bytes is None:
+    if not fixes_rows(config):
         return config
     if config.policy.max_shard_bytes is not None:
         raise ConfigError(f"policy.max_shard_bytes: method {config.method} knows no limit but the budget; leave it out")
@@ -56,7 +60,7 @@ def fit_rows(config: Config, budget_bytes: int | None, distinct: list[int]) -> C
 
 def rows_within(config: Config, budget_bytes: int) -> int:
     """Rows of all their chunks that the workers' shards hold together."""
-    workers = config.train.workers
+    workers = config.train.most_workers
     plans = [ShardSpec.of(config, budget_bytes, rank, workers).plan() for rank in range(workers)]
     return (budget_bytes - sum(fixed for fixed, _ in plans)) // plans[0][1][-1] - _SPARE_ROWS * workers
 

@@ -99,7 +99,7 @@ class ProductEmbedding(_FixedRows):
                 route = self.route(batch)
         vectors = super().forward(self._with_remainders(batch), route)
         features = vectors.shape[1] - len(self._split)
-        factors = torch.ones_like(vectors[:, :features]).index_copy(1, torch.tensor(self._split), vectors[:, features:])
+        factors = torch.ones_like(vectors[:, :features]).index_copy(1, torch.tensor(self._split, dtype=torch.int64), vectors[:, features:])
         return vectors[:, :features] * factors
 
     def _with_remainders(self, batch: Batch) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fiited_ray.methods import chunk_of, chunks_of
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from fiited_ray.train.trainer import Outcome
 
 _MIB = 2**20
+_OF_RUN = "time_of_run/"  # seconds by phase
 
 
 def summary(plan: Plan, outcome: Outcome) -> str:
@@ -41,7 +43,8 @@ def summary(plan: Plan, outcome: Outcome) -> str:
     chunk = chunk_of(config)
     widths = [f"{width * chunk} dims: {values[f'rows/width_{width}']:,.0f}" for width in range(1, chunks_of(config) + 1)]
     lines.append(f"  rows {values['rows/total']:,.0f} ({', '.join(widths)})")
-    lines.append(f"  training {values['speed/samples_per_s_of_run']:,.0f} samples/s with {config.train.workers} worker(s)")
+    lines.append(f"  training {values['speed/samples_per_s_of_run']:,.0f} samples/s with {values['run/workers']:.0f} worker(s)")
+    lines += _slowest(values) + _left_out(values)
     lines.append(f"  model {outcome.model_folder}")
     if outcome.run.ui_command:
         lines.append(f"  see it in MLflow: {outcome.run.ui_command}")
@@ -49,3 +52,19 @@ def summary(plan: Plan, outcome: Outcome) -> str:
     else:
         lines.append(f"  see it in MLflow: {outcome.run.page}")
     return "\n".join(lines)
+
+
+def _slowest(values: Mapping[str, float]) -> list[str]:
+    """The phase that took most of rank 0's time."""
+    seconds = {name.removeprefix(_OF_RUN): value for name, value in values.items() if name.startswith(_OF_RUN)}
+    if not seconds:
+        return []
+    slowest = max(seconds, key=lambda phase: seconds[phase])
+    share = seconds[slowest] / max(1e-9, sum(seconds.values()))
+    return [f"  slowest phase {slowest}: {seconds[slowest]:,.1f} s, {share:.0%} of rank 0's time"]
+
+
+def _left_out(values: Mapping[str, float]) -> list[str]:
+    names = {"data/skipped_rows": "bad rows", "train/skipped_steps": "steps", "train/skipped_bags": "bags that are not finite"}
+    counts = [f"{values[name]:,.0f} {words}" for name, words in names.items() if values.get(name)]
+    return [f"  left out: {', '.join(counts)}"] if counts else []

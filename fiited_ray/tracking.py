@@ -1,25 +1,22 @@
-"""The one MLflow writer. The driver makes the run and ends it; in between rank 0 alone writes to it.
+"""The run in MLflow: the driver makes it and ends it; in between rank 0 alone writes to it (`run_writer`).
 
 Every call names its store: there is no global MLflow state. Metric names are stable (see docs/how-it-works.md, "What a run logs").
 """
 
 from __future__ import annotations
 
-import math
 import re
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import DatasetInput, LifecycleStage, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
 from fiited_ray.config import Config, ConfigError
@@ -28,7 +25,6 @@ from fiited_ray.tracking_address import SQLITE, absolute_uri, check_address
 
 _PARAMS_AT_ONCE = 100
 _LONGEST_PARAM = 6000
-_METRICS_AT_ONCE = 1000
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI then shows pages for training, not for language models
 
 
@@ -52,29 +48,44 @@ class RunRef:
         return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
-def create_run(config: Config, tags: Mapping[str, str]) -> RunRef:
-    """Make a run with its parameters, tags and resolved configuration.
+def create_run(
+    config: Config,
+    tags: Mapping[str, str],
+    inputs: Sequence[DatasetInput] = (),
+    name: str | None = None,
+    params: Mapping[str, str] | None = None,
+) -> RunRef:
+    """Make a run with its parameters, tags, data sets and resolved configuration.
+
+    Args:
+        name: what the run is called, where that is not the configuration's name.
+        params: instead of the configuration's keys.
 
     Raises:
         ConfigError: when the tracking store cannot be reached.
     """
     uri = absolute_uri(config.tracking.uri)
     check_address(uri)
-    with _redacting(uri, ConfigError):
+    with redacting(uri, ConfigError):
         client = MlflowClient(uri)
         experiment = _experiment(client, uri, config.tracking.experiment)
-        tags = {**resolve_tags(), "fiited_ray.version": _version(), **tags}  # resolve_tags: user, program and commit, as MLflow shows them
-        run = client.create_run(experiment, run_name=config.name, tags=tags)
+        shown = resolve_tags()  # user, program and commit, as MLflow shows them
+        tags = {**shown, "fiited_ray.version": package_version("fiited-ray"), **tags}
+        run = client.create_run(experiment, run_name=name or config.name, tags=tags)
         ref = RunRef(uri, experiment, run.info.run_id)
-        flat = config.flat() | {"tracking.uri": redact(uri)}
-        params = [Param(_metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
-        for begin in range(0, len(params), _PARAMS_AT_ONCE):
-            client.log_batch(ref.run_id, params=params[begin : begin + _PARAMS_AT_ONCE])
+        flat = config.flat() | {"tracking.uri": redact(uri)} if params is None else params
+        entries = [Param(metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
+        for begin in range(0, len(entries), _PARAMS_AT_ONCE):
+            client.log_batch(ref.run_id, params=entries[begin : begin + _PARAMS_AT_ONCE])
         client.log_text(ref.run_id, config.to_yaml(), "config.yaml")
+        if inputs:
+            client.log_inputs(ref.run_id, list(inputs))
     return ref
 
 
-def open_run(config: Config, tags: Mapping[str, str], run_id: str | None) -> RunRef:
+def open_run(
+    config: Config, tags: Mapping[str, str], run_id: str | None, inputs: Sequence[DatasetInput] = (), name: str | None = None
+) -> RunRef:
     """Go on writing to a run that an earlier job began; make a new one where there is none, or not in this store.
 
     Raises:
@@ -83,51 +94,70 @@ def open_run(config: Config, tags: Mapping[str, str], run_id: str | None) -> Run
     uri = absolute_uri(config.tracking.uri)
     if run_id is not None:
         check_address(uri)
-        with _redacting(uri, ConfigError):
+        with redacting(uri, ConfigError):
             client = MlflowClient(uri)
             try:
                 run = client.get_run(run_id)
             except MlflowException:
-                return create_run(config, tags)
+                return create_run(config, tags, inputs, name)
             client.update_run(run_id, status="RUNNING")
         return RunRef(uri, str(run.info.experiment_id), run_id)
-    return create_run(config, tags)
+    return create_run(config, tags, inputs, name)
 
 
 def describe(ref: RunRef, text: str) -> None:
     """Show a text, in Markdown, as the run's description on its page."""
-    with _redacting(ref.uri):
+    with redacting(ref.uri):
         MlflowClient(ref.uri).set_tag(ref.run_id, MLFLOW_RUN_NOTE, text)
 
 
 def finish(ref: RunRef, status: str) -> None:
     """End a run: FINISHED, FAILED or KILLED."""
-    with _redacting(ref.uri):
+    with redacting(ref.uri):
         MlflowClient(ref.uri).set_terminated(ref.run_id, status)
 
 
-class RunWriter:
-    """Rank 0's pen. What MLflow cannot write is a RuntimeError that names the store."""
+def resume(ref: RunRef) -> bool:
+    """Mark a run as running again; False where there is no such run any more."""
+    with redacting(ref.uri, ConfigError):
+        client = MlflowClient(ref.uri)
+        try:
+            run = client.get_run(ref.run_id)
+        except MlflowException:
+            return False
+        if run.info.lifecycle_stage != LifecycleStage.ACTIVE:
+            return False
+        client.update_run(ref.run_id, "RUNNING")
+    return True
 
-    def __init__(self, ref: RunRef) -> None:
-        self.ref = ref
-        self._client = MlflowClient(ref.uri)
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values of one step. A NaN says that a metric is undefined there (AUC of one class) and leaves a gap."""
-        now = int(time.time() * 1000)
-        metrics = [Metric(_metric_safe(name), value, now, step) for name, value in values.items() if not math.isnan(value)]
-        with _redacting(self.ref.uri):
-            for begin in range(0, len(metrics), _METRICS_AT_ONCE):
-                self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
+def end_children(parent: RunRef, status: str, tags: Mapping[str, str] | None = None) -> None:
+    """End those runs below another, with these tags, that nothing has ended."""
+    wanted = {MLFLOW_PARENT_RUN_ID: parent.run_id, **(tags or {})}
+    condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in wanted.items())
+    with redacting(parent.uri):
+        client = MlflowClient(parent.uri)
+        for run in client.search_runs([parent.experiment_id], f"{condition} and attributes.status = 'RUNNING'"):
+            client.set_terminated(run.info.run_id, status)
 
-    def figure(self, name: str, figure: Figure) -> None:
-        with _redacting(self.ref.uri):
-            self._client.log_figure(self.ref.run_id, figure, name)
+
+def has_model(ref: RunRef) -> bool:
+    """Whether a model has been logged as this run's."""
+    with redacting(ref.uri):
+        outputs = MlflowClient(ref.uri).get_run(ref.run_id).outputs
+    return bool(outputs and outputs.model_outputs)
+
+
+def upload(ref: RunRef, files: Sequence[Path]) -> None:
+    """Put files among a run's artifacts, under their own names."""
+    with redacting(ref.uri):
+        client = MlflowClient(ref.uri)
+        for file in files:
+            client.log_artifact(ref.run_id, str(file))
 
 
 @contextmanager
-def _redacting(uri: str, error: type[Exception] = RuntimeError) -> Iterator[None]:
+def redacting(uri: str, error: type[Exception] = RuntimeError) -> Iterator[None]:
     """Turn MLflow's errors into ours: its own spell out the address, password and all, and so would their causes (hence from None)."""
     try:
         yield
@@ -152,13 +182,14 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
         return str(found.experiment_id)
 
 
-def _metric_safe(name: str) -> str:
+def metric_safe(name: str) -> str:
     """MLflow takes letters, digits, and _-./ and spaces."""
     return re.sub(r"[^\w\-./ ]", "_", name)
 
 
-def _version() -> str:
+def package_version(package: str) -> str:
+    """The installed version; `source` where there is none."""
     try:
-        return version("fiited-ray")
+        return version(package)
     except PackageNotFoundError:
         return "source"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from fiited_ray.config import ConfigError, load
@@ -19,9 +20,13 @@ def main() -> int:
     try:
         plan = make_plan(load(arguments.config, arguments.overrides))
         print(plan.describe(), flush=True)
-        from fiited_ray.train.trainer import run  # Ray and MLflow take seconds to import: mistakes are told before
+        from fiited_ray.train.trainer import Stopped, run  # Ray and MLflow take seconds to import: mistakes are told before
 
-        outcome = run(plan, lambda text: print(text, flush=True))
+        try:
+            outcome = run(plan, lambda text: print(text, flush=True))
+        except Stopped as stopped:
+            print(stopped)
+            return 128 + signal.SIGTERM
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -258,6 +258,12 @@ def test_a_budget_the_method_cannot_do_with_is_refused_with_the_smallest_one_it_
         fit_rows(changed(method), smallest - 2048, distinct)
 
 
+@pytest.mark.parametrize("method", ["hash", "qr", "uniform"])
+def test_rows_cannot_be_fixed_without_a_budget(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"budget: method {method} fixes its rows by it"):
+        settle(dataclasses.replace(changed(method), budget=Budget()), [5, 5])
+
+
 def test_full_width_has_no_budget() -> None:
     assert settle(dataclasses.replace(changed("full"), budget=Budget(bytes=1)), [5, 5]) == (
         dataclasses.replace(changed("full"), budget=Budget(bytes=1)),

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fiited_ray import tracking
 from fiited_ray.config import Config, ConfigError, DataConfig, TrackingConfig
+from fiited_ray.run_writer import RunWriter
 from fiited_ray.tracking_address import absolute_uri
 
 
@@ -23,10 +24,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_a_run_holds_its_parameters_tags_metrics_and_artifacts(config: Config) -> None:
     ref = tracking.create_run(config, {"synthetic_data": "True"})
-    writer = tracking.RunWriter(ref)
+    writer = RunWriter(ref)
     writer.metrics(10, {"train/auc": 0.7, "rows/table/a x b": 3.0})
     writer.metrics(20, {"train/auc": 0.8, "train/ne": float("nan")})
     writer.figure("plots/some.png", Figure())
+    writer.close()
     tracking.finish(ref, "FINISHED")
     client = mlflow.MlflowClient(ref.uri)
     run = client.get_run(ref.run_id)
@@ -125,9 +127,10 @@ def test_credentials_are_not_in_the_message_of_a_database_that_cannot_be_opened(
 
 def test_credentials_are_not_in_the_message_of_a_server_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    writer = tracking.RunWriter(tracking.RunRef("http://user:secret@127.0.0.1:9", "1", "2"))
+    writer = RunWriter(tracking.RunRef("http://user:secret@127.0.0.1:9", "1", "2"), patience_seconds=0)
+    writer.metrics(1, {"train/loss": 0.5})
     with pytest.raises(RuntimeError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9: ") as raised:
-        writer.metrics(1, {"train/loss": 0.5})
+        writer.close()
     assert "secret" not in "".join(traceback.format_exception(raised.value))
 
 

@@ -66,10 +66,11 @@ void pool_weights_backward(const Bags& bags, const Real* grad_out, const Real* v
 // Sum over each row's lookups of the norm of the lookup's own gradient: norms [rows].
 void lookup_norms(const Bags& bags, const float* grad_out, int64_t rows, float* norms);
 
-// 64-bit hashes of n strings; string i is bytes[offsets[i]] up to bytes[offsets[i + 1]].
-void hash_strings(int64_t n, const int64_t* offsets, const uint8_t* bytes, int64_t* out);
+// 64-bit hashes of n strings, keyed by the seed; string i is bytes[offsets[i]] up to bytes[offsets[i + 1]]. Stable: saved models
+// depend on them.
+void hash_strings(int64_t n, const int64_t* offsets, const uint8_t* bytes, uint64_t seed, int64_t* out);
 
-// Ids of the cross of two columns; the order of the columns matters.
-void cross_ids(int64_t n, const int64_t* left, const int64_t* right, int64_t* out);
+// Ids of the cross of two columns, keyed by the seed; the order of the columns matters.
+void cross_ids(int64_t n, const int64_t* left, const int64_t* right, uint64_t seed, int64_t* out);
 
 }  // namespace fiited

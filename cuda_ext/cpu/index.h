@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "core/line.h"
@@ -72,6 +74,42 @@ class Index {
     Part& part = part_of(key);
     const Slot slot = slot_of(part, key, from);
     part.lines[slot.line].address[slot.slot] = to;
+  }
+
+  // Verifies tags, counts and the numbers of entries that passed each line; returns the number of entries. `row(address)` names a row,
+  // `holds(address)` says whether there is one. Throws std::runtime_error naming what does not hold.
+  template <class KeyAt, class Holds, class Name>
+  int64_t check(KeyAt&& key_at, Holds&& holds, Name&& name) const {
+    int64_t entries = 0;
+    for (const Part& part : parts_) {
+      std::vector<uint32_t> passed(part.size, 0);
+      uint32_t count = 0;
+      for (uint32_t at = 0; at < part.size; ++at) {
+        for (int slot = 0; slot < kSlots; ++slot) {
+          if (part.lines[at].tag[slot] == 0) continue;
+          const uint32_t address = part.lines[at].address[slot];
+          if (!holds(address))
+            throw std::runtime_error("check: an entry of the index leads to address " + std::to_string(address) + ", where no row is");
+          const uint64_t key = key_at(address);
+          if (&part_of(key) != &part || line_tag(key) != part.lines[at].tag[slot])
+            throw std::runtime_error("check: the index's entry for " + name(address) + " is not that of its key");
+          for (uint32_t on = home_line(part.size, key); on != at; on = on + 1 == part.size ? 0 : on + 1) ++passed[on];
+          ++count;
+        }
+      }
+      const auto part_number = [&] { return std::to_string(&part - parts_.data()); };
+      if (count != part.count)
+        throw std::runtime_error("check: partition " + part_number() + " of the index has " + std::to_string(count) + " entries, not the " +
+                                 std::to_string(part.count) + " that are counted");
+      for (uint32_t at = 0; at < part.size; ++at) {
+        if (passed[at] != part.lines[at].passed)
+          throw std::runtime_error("check: line " + std::to_string(at) + " of the index's partition " + part_number() + " was passed by " +
+                                   std::to_string(passed[at]) + " entries, not by the " + std::to_string(part.lines[at].passed) +
+                                   " that are counted");
+      }
+      entries += count;
+    }
+    return entries;
   }
 
   // Gives back the lines that erased rows have left over.

@@ -393,24 +393,31 @@ class ShardOf final : public CpuShard {
 
   void check() const override {
     int64_t planned = config_.fixed_bytes();
+    int64_t rows = 0;
     std::vector<int64_t> rows_by(rows_by_.size(), 0);
     for (int width = 1; width <= layout_.chunks; ++width) {
       for (uint32_t at = 0; at < pools_.count(width); ++at) {
         const uint32_t address = pools_.address_of(width, at);
-        const RowHeader& header = pools_.header(address);
-        if (find(header.key, header.table) != address)
-          throw std::runtime_error("check: the index does not lead to row " + std::to_string(address));
-        if (!(header.importance >= 0))
-          throw std::runtime_error("check: importance of row " + std::to_string(address) + " is negative or NaN");
-        ++rows_by[header.table * layout_.chunks + width - 1];
+        check_row(address);
+        ++rows_by[pools_.header(address).table * layout_.chunks + width - 1];
         planned += row_bytes_[width];
+        ++rows;
       }
     }
-    if (planned != planned_)
-      throw std::runtime_error("check: planned bytes are " + std::to_string(planned_) + ", not " + std::to_string(planned));
-    if (rows_by != rows_by_) throw std::runtime_error("check: rows by table and width are miscounted");
-    if (memory_.used() + uncounted_bytes() > limit_) throw std::runtime_error("check: more bytes are taken than the limit allows");
-    if (memory_.used() + uncounted_bytes() > planned_) throw std::runtime_error("check: more bytes are taken than planned");
+    const int64_t entries =
+        index_.check(key_at(), [&](uint32_t address) { return pools_.holds(address); }, [&](uint32_t address) { return name_of(address); });
+    const auto require = [](bool holds, const char* what, int64_t is, int64_t should) {
+      if (!holds)
+        throw std::runtime_error(std::string("check: ") + what + ": " + std::to_string(is) + " against " + std::to_string(should));
+    };
+    require(entries == rows, "the index has as many entries as there are rows", entries, rows);
+    require(planned == planned_, "planned bytes are what follows from the rows", planned_, planned);
+    for (size_t at = 0; at < rows_by.size(); ++at) {
+      require(rows_by[at] == rows_by_[at], "rows by table and width are counted", rows_by_[at], rows_by[at]);
+    }
+    const int64_t taken = memory_.used() + uncounted_bytes();
+    require(taken <= limit_, "bytes taken stay within the limit", taken, limit_);
+    require(taken <= planned_, "bytes taken stay within the planned ones", taken, planned_);
   }
 
  private:
@@ -441,6 +448,38 @@ class ShardOf final : public CpuShard {
     void prefetch(uint32_t address) const { pools->prefetch_header(address); }
   };
   KeyAt key_at() const { return {&pools_}; }
+
+  // A row as a person knows it.
+  std::string name_of(uint32_t address) const {
+    const RowHeader& header = pools_.header(address);
+    if (header.table >= salts_.size()) return "the row at address " + std::to_string(address);
+    return "the row of table " + std::to_string(header.table) + ", id " +
+           std::to_string(static_cast<int64_t>(raw_id_of(header.key, salts_[header.table]))) + " (width " +
+           std::to_string(pools_.width(address)) + ")";
+  }
+
+  // What must hold for one row; throws naming the row and what does not.
+  void check_row(uint32_t address) const {
+    const RowHeader& header = pools_.header(address);
+    const auto require = [&](bool holds, const std::string& what) {
+      if (!holds) throw std::runtime_error("check: " + name_of(address) + ": " + what);
+    };
+    require(header.table < config_.tables, "its table " + std::to_string(header.table) + " does not exist");
+    const uint32_t bucket = bucket_of(header.key);
+    require(bucket >= config_.first_bucket && bucket < config_.end_bucket, "its bucket " + std::to_string(bucket) + " is another shard's");
+    require(find(header.key, header.table) == address, "the index does not lead to it");
+    require(std::isfinite(header.importance) && header.importance >= 0, "its importance is " + std::to_string(header.importance));
+    const int width = pools_.width(address);
+    const auto* vector = vector_of(pools_.row(address));
+    for (int dim = 0; dim < width * layout_.chunk; ++dim) {
+      const float value = Store::to_float(vector[dim]);
+      require(std::isfinite(value), "dimension " + std::to_string(dim) + " of its vector is " + std::to_string(value));
+    }
+    const auto* state = reinterpret_cast<const float*>(pools_.row(address) + layout_.state_offset(width));
+    for (int at = 0; at < layout_.state_bytes(width) / 4; ++at) {
+      require(std::isfinite(state[at]), "value " + std::to_string(at) + " of its optimizer state is " + std::to_string(state[at]));
+    }
+  }
 
   // Visits the rows of a width, last one first, with the width that their importance earns them. `visit` may take its row out: the
   // pool's last row, which has been visited, then moves into its place. What rows that `changes` touch in the index and the sketch is

@@ -28,7 +28,7 @@ _MAY_CHANGE = (
     *("name", "budget", "output", "tracking.", "checkpoint.", "data.train", "data.test", "data.reader"),
     *("embedding.lr", "policy.interval", "policy.min_change", "policy.headroom", "policy.max_shard_bytes", "policy.sketch_share"),
     *("train.workers", "train.threads", "train.use_gpu", "train.overlap", "train.epochs", "train.max_steps", "train.lr"),
-    "train.eval_every",
+    *("train.eval_every", "train.debug", "train.not_finite", "train.stall_seconds", "train.timeout_seconds", "data.bad_rows"),
 )
 
 

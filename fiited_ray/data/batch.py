@@ -24,6 +24,7 @@ class Batch:
         ids: int64 [N]
         offsets: int64 [F*B+1]
         weights: float32 [N], or None where every id weighs 1
+        skipped: rows that were left out of it (`data.bad_rows=skip`)
     """
 
     dense: Tensor
@@ -31,6 +32,7 @@ class Batch:
     ids: Tensor
     offsets: Tensor
     weights: Tensor | None = None
+    skipped: int = 0
 
     @property
     def rows(self) -> int:

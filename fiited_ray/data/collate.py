@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,31 +28,47 @@ class Collator:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
+        self.key = (config.seed + 2**63) % 2**64 - 2**63  # of the hash, as the operators take it
 
-    def __call__(self, table: pa.Table, where: str = "batch") -> Batch:
+    def __call__(self, table: pa.Table, where: str = "batch", skipped: Callable[[DataError, int], None] | None = None) -> Batch:
         """Make a batch.
 
         Args:
             table: rows with at least the config's columns.
             where: file or source, for error messages.
+            skipped: told, with `data.bad_rows=skip`, of each fault (row: in the table as it was given) and how many rows it cost.
 
         Raises:
             DataError: naming source, column, row and value.
         """
         table = table.combine_chunks()
+        if self.config.bad_rows == "error":
+            return self._batch(table, where)
+        at, given = np.arange(table.num_rows), table.num_rows
+        while True:  # a turn for each kind of fault there is: all rows that have it leave together
+            try:
+                return replace(self._batch(table, where), skipped=given - len(at))
+            except DataError as error:
+                if error.rows is None or error.row is None:
+                    raise
+                if skipped is not None:
+                    skipped(DataError(str(error), int(at[error.row])), int(error.rows.sum()))
+                at, table = at[~error.rows], table.filter(pa.array(~error.rows)).combine_chunks()
+
+    def _batch(self, table: pa.Table, where: str) -> Batch:
         rows = table.num_rows
         scalar = {name: self._ids(table, name, where) for name in self.config.scalar}
         features: list[tuple[Tensor, Tensor | None]] = [(scalar[name], None) for name in self.config.categorical]  # None: one id a row
         weights: dict[int, Tensor] = {}  # by feature
         for name in self.config.multi_hot:
-            ids, lengths = _lists(_array(table, name), name, where)
+            ids, lengths = _lists(_array(table, name), name, where, self.key)
             if column := self.config.weights.get(name):
                 weights[len(features)] = _weights(_array(table, column), column, name, lengths, where)
             features.append((ids, lengths))
         for first, *rest in self.config.cross:
             crossed = scalar[first]
             for name in rest:
-                crossed = ops("cpu").cross_ids(crossed, scalar[name])
+                crossed = ops("cpu").cross_ids(crossed, scalar[name], self.key)
             features.append((crossed, None))
         ids = torch.cat([each for each, _ in features])
         labels = _labels(_array(table, self.config.label), self.config.label, where)
@@ -58,7 +77,7 @@ class Collator:
 
     def _ids(self, table: pa.Table, name: str, where: str) -> Tensor:
         if name not in self.config.bins:
-            return _scalar_ids(_array(table, name), name, where)
+            return _scalar_ids(_array(table, name), name, where, self.key)
         derived = self.config.bins[name]
         column = pc.cast(_array(table, derived.column), pa.float64(), safe=False)
         values = np.floor(column.fill_null(0.0).to_numpy(zero_copy_only=False) / derived.width)
@@ -68,6 +87,7 @@ class Collator:
             raise DataError(
                 f"{where}: column {derived.column!r}, row {row}: {column[row]} cannot be binned; leave the value null if it is missing",
                 row,
+                bad,
             )
         ids = torch.from_numpy(values.astype(np.int64))
         return _mark_nulls(ids, column)
@@ -77,11 +97,13 @@ class Collator:
         for at, name in enumerate(self.config.dense):
             column = _array(table, name)
             values = pc.cast(column, pa.float32(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
-            if not np.isfinite(values).all():
-                row = int((~np.isfinite(values)).argmax())
+            odd = ~np.isfinite(values)
+            if odd.any():
+                row = int(odd.argmax())
                 raise DataError(
                     f"{where}: dense column {name!r}, row {row}: {values[row]}; clean the data, or leave the value null if it is missing",
                     row,
+                    odd,
                 )
             out[:, at] = values
         if self.config.dense_transform == "log1p":
@@ -112,18 +134,34 @@ def _array(table: pa.Table, name: str) -> pa.Array:
     return array
 
 
-def _scalar_ids(array: pa.Array, name: str, where: str, owners: Tensor | None = None) -> Tensor:
-    """int64 [n]: integers as they are (unsigned 64-bit ones by their bits), strings by their hash, null as NULL_ID.
+def _scalar_ids(array: pa.Array, name: str, where: str, key: int, owners: Tensor | None = None, rows: int | None = None) -> Tensor:
+    """int64 [n]: integers as they are (unsigned 64-bit ones by their bits), strings by their keyed hash, null as NULL_ID.
 
-    owners: the row of each entry, where it is not its position.
+    owners: the row of each entry, of so many rows, where it is not its position.
     """
+    ids, reserved = _ids_of(array, name, where, key)
+    if reserved is not None and bool(reserved.any()):
+        faulty = torch.zeros(len(ids) if rows is None else rows, dtype=torch.bool)
+        faulty[reserved if owners is None else owners[reserved]] = True
+        row, text = int(faulty.nonzero()[0]), "2**63" if pa.types.is_uint64(array.type) else "-2**63"
+        raise DataError(
+            f"{where}: column {name!r}, row {row}: the id {text} stands for a missing value; write null instead", row, faulty.numpy()
+        )
+    return ids
+
+
+def _ids_of(array: pa.Array, name: str, where: str, key: int) -> tuple[Tensor, Tensor | None]:
+    """(ids, which of them are written as the id that stands for null; None where none can be)."""
     kind = array.type
     if pa.types.is_dictionary(kind):
-        entries = _scalar_ids(array.dictionary, name, where)
-        taken = entries[_integers(array.indices.fill_null(0))] if len(entries) else torch.zeros(len(array), dtype=torch.int64)
-        return _mark_nulls(taken, array)
+        entries, reserved = _ids_of(array.dictionary, name, where, key)
+        at = _integers(array.indices.fill_null(0))
+        taken = entries[at] if len(entries) else torch.zeros(len(array), dtype=torch.int64)
+        if reserved is not None:
+            reserved = reserved[at] & torch.from_numpy(array.is_valid().to_numpy(zero_copy_only=False)) if len(entries) else None
+        return _mark_nulls(taken, array), reserved
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return _mark_nulls(_hash_strings(array), array)
+        return _mark_nulls(_hash_strings(array, key), array), None
     if pa.types.is_boolean(kind):
         array = pc.cast(array, pa.int8())
     elif not pa.types.is_integer(kind):
@@ -132,11 +170,9 @@ def _scalar_ids(array: pa.Array, name: str, where: str, owners: Tensor | None = 
             + (" (bin it with data.bins)" if pa.types.is_floating(kind) else "")
         )
     ids = _integers(array.fill_null(0) if array.null_count else array)
-    if kind == pa.int64() and len(ids) and int(ids.min()) == NULL_ID:
-        at = int((ids == NULL_ID).nonzero()[0])
-        row = at if owners is None else int(owners[at])
-        raise DataError(f"{where}: column {name!r}, row {row}: the id -2**63 stands for a missing value; write null instead", row)
-    return _mark_nulls(ids, array)
+    wide = kind in (pa.int64(), pa.uint64()) and len(ids) and int(ids.min()) == NULL_ID
+    reserved = ids == NULL_ID if wide else None
+    return _mark_nulls(ids, array), reserved
 
 
 def _integers(array: pa.Array) -> Tensor:
@@ -149,7 +185,7 @@ def _mark_nulls(ids: Tensor, array: pa.Array) -> Tensor:
     return ids
 
 
-def _hash_strings(array: pa.Array) -> Tensor:
+def _hash_strings(array: pa.Array, key: int) -> Tensor:
     """int64 hashes, straight from Arrow's offsets and bytes."""
     large = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
     _, offsets, data = array.buffers()
@@ -159,15 +195,15 @@ def _hash_strings(array: pa.Array) -> Tensor:
     content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8)
     content = content[starts[0] : starts[-1]]
     bytes_ = torch.frombuffer(content, dtype=torch.uint8) if content.size else torch.empty(0, dtype=torch.uint8)
-    hashed: Tensor = ops("cpu").hash_strings(torch.from_numpy(starts - starts[0]), bytes_)
+    hashed: Tensor = ops("cpu").hash_strings(torch.from_numpy(starts - starts[0]), bytes_, key)
     return hashed
 
 
-def _lists(array: pa.Array, name: str, where: str) -> tuple[Tensor, Tensor]:
+def _lists(array: pa.Array, name: str, where: str, key: int) -> tuple[Tensor, Tensor]:
     """(ids of all bags one behind the other, bag lengths int64 [rows])."""
     values, lengths = _flat(array, name, where, "a multi_hot column holds lists")
     owners = torch.repeat_interleave(torch.arange(len(array)), lengths)
-    return _scalar_ids(values, name, where, owners), lengths
+    return _scalar_ids(values, name, where, key, owners, len(array)), lengths
 
 
 def _flat(array: pa.Array, name: str, where: str, wanted: str) -> tuple[pa.Array, Tensor]:
@@ -189,6 +225,7 @@ def _weights(array: pa.Array, name: str, feature: str, bag_lengths: Tensor, wher
             f"{where}: column {name!r} (data.weights.{feature}), row {row} has {lengths[row]} weights for {bag_lengths[row]} ids of "
             f"{feature!r}; every id needs one",
             row,
+            unequal.numpy(),
         )
     try:
         numbers = pc.cast(values, pa.float32(), safe=False)
@@ -198,19 +235,23 @@ def _weights(array: pa.Array, name: str, feature: str, bag_lengths: Tensor, wher
     odd = ~torch.isfinite(weights)
     if bool(odd.any()):
         at = int(odd.nonzero()[0])
-        row = int(torch.repeat_interleave(torch.arange(len(array)), lengths)[at])
+        owners = torch.repeat_interleave(torch.arange(len(array)), lengths)
+        row, rows = int(owners[at]), torch.zeros(len(array), dtype=torch.bool)
+        rows[owners[odd]] = True
         given = "null" if not numbers[at].is_valid else f"{weights[at]}"
-        raise DataError(f"{where}: column {name!r} (data.weights.{feature}), row {row}: {given}; every id needs a finite weight", row)
+        message = f"{where}: column {name!r} (data.weights.{feature}), row {row}: {given}; every id needs a finite weight"
+        raise DataError(message, row, rows.numpy())
     return weights
 
 
 def _labels(array: pa.Array, name: str, where: str) -> Tensor:
     if array.null_count:
-        row = int(array.is_null().to_numpy(zero_copy_only=False).argmax())
-        raise DataError(f"{where}: label column {name!r}, row {row} is null; every row needs a label of 0 or 1", row)
+        missing = array.is_null().to_numpy(zero_copy_only=False)
+        row = int(missing.argmax())
+        raise DataError(f"{where}: label column {name!r}, row {row} is null; every row needs a label of 0 or 1", row, missing)
     values = pc.cast(array, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     odd = (values != 0) & (values != 1)
     if odd.any():
         row = int(odd.argmax())
-        raise DataError(f"{where}: label column {name!r}, row {row}: {values[row]}; labels are 0 or 1", row)
+        raise DataError(f"{where}: label column {name!r}, row {row}: {values[row]}; labels are 0 or 1", row, odd)
     return torch.from_numpy(values.copy())

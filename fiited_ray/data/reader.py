@@ -6,6 +6,7 @@ short, and a worker may find itself with no row in it, so that all workers take 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fiited_ray.data.files import Files, is_sorted
 if TYPE_CHECKING:
     import ray.data
 
+_log = logging.getLogger(__name__)
 _PREFETCH = 2  # batches made ahead by the reading thread
 _READ_ROWS = 65536
 
@@ -108,12 +110,18 @@ def _collated(
 ) -> Iterator[Batch]:
     """Batches of slices, each with its first row's position in the global batch; `locate` names a row of the data."""
     for step, (table, begin) in enumerate(slices, first_step):
+        first = step * batch_size + begin
+
+        def note(fault: DataError, rows: int, first: int = first) -> None:
+            assert fault.row is not None
+            _log.warning("%s (this is %s): %d such row(s) of the batch are left out", fault, locate(first + fault.row), rows)
+
         try:
-            yield collate(table, f"global batch {step}")
+            yield collate(table, f"global batch {step}", note)
         except DataError as error:
             if error.row is None:
                 raise
-            raise DataError(f"{error} (this is {locate(step * batch_size + begin + error.row)})") from None
+            raise DataError(f"{error} (this is {locate(first + error.row)})") from None
 
 
 def data_config() -> Any:

@@ -178,9 +178,11 @@ def check_budget(config: Config, budget_bytes: int | None) -> None:
     if budget_bytes is None:
         return
 
+    workers = config.train.most_workers
+
     def fits(budget: int) -> bool:
-        for rank in range(config.train.workers):
-            spec = ShardSpec.of(config, budget, rank, config.train.workers)
+        for rank in range(workers):
+            spec = ShardSpec.of(config, budget, rank, workers)
             fixed, row_bytes = spec.plan()
             if (spec.limit_bytes or 0) < fixed + row_bytes[-1]:
                 return False
@@ -198,6 +200,5 @@ def check_budget(config: Config, budget_bytes: int | None) -> None:
         low, high = (low, middle) if fits(middle) else (middle, high)
     given = "" if config.budget.share is None else f"{config.budget} of the dense-equivalent bytes, "
     raise ConfigError(
-        f"budget: {given}{budget_bytes} bytes are too few for {config.train.workers} shard(s); "
-        f"the smallest possible budget here is {high} bytes"
+        f"budget: {given}{budget_bytes} bytes are too few for {workers} shard(s); the smallest possible budget here is {high} bytes"
     )

@@ -5,6 +5,7 @@ Runs the same in a Ray Train worker and in a plain process; what differs comes i
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -28,17 +29,23 @@ from fiited_ray.methods import fixes_rows, shares_rows
 from fiited_ray.models import build_model
 from fiited_ray.policy import Decision, RoundSchedule, RoundState, ShardReport, shard_limit
 from fiited_ray.store import ShardSpec, VhpiShard
+from fiited_ray.train.guards import SkippedSteps, check_store, learn_dense, usable
 from fiited_ray.train.metrics import BinaryMetrics
 from fiited_ray.train.report import History, StoreTotals
 
 Batches = Callable[[], Iterable[Batch]]  # opens the data, from the worker's position on where it is training data
 Item = TypeVar("Item")
+_logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
     """Where rank 0 sends its metrics."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """Training ends here because somebody asked for it; it can go on from this step."""
 
 
 class Saver(Protocol):
@@ -65,6 +72,8 @@ class Worker:
     decider: Decider
     writer: Writer | None = None  # of rank 0
     tell: Callable[[str], None] = lambda text: None  # progress, for a person
+    scored: Callable[[dict[str, float]], None] = lambda values: None  # called on every worker, with the same values, at `eval_every`
+    beat: Callable[[], None] = lambda: None  # called after each batch: the worker goes on
     history: History = field(default_factory=History)
     distinct_ids: int | None = None  # of the training data; only methods whose rows are shared by ids need it, for their metrics
 
@@ -86,6 +95,7 @@ class Worker:
             budget_bytes=self.budget_bytes,
             ceiling_bytes=config.policy.max_shard_bytes,
             times=self.times,
+            skip_not_finite=config.train.not_finite == "skip",
         )
         self.dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
         self.dense.to(self.device)
@@ -94,6 +104,8 @@ class Worker:
         self.schedule = RoundSchedule(config.policy)
         self.threshold = 0.0  # the global one, in force since the last round
         self.losses: list[float] = []  # of the global batches
+        self.skipped_rows = 0  # bad ones, of this worker's
+        self.skipped = SkippedSteps()
         self.window = BinaryMetrics()  # of training batches since the last report, each scored before it was learned from
         self.progressive = BinaryMetrics()  # of all training batches
         self.window_start = (time.perf_counter(), 0, 0)  # clock, samples, bytes sent
@@ -125,26 +137,31 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: 
                 if worker.schedule.due(worker.step, worker.embedding.crowded):
                     with worker.times.phase("round"):
                         hold_round(worker)
+                if config.train.debug:
+                    check_store(worker)
                 if worker.step % config.tracking.log_every == 0:
                     report(worker)
                 worker.training_seconds += time.perf_counter() - clock
-                if test and config.train.eval_every and worker.step % config.train.eval_every == 0:
-                    _log(worker, {f"eval/{name}": value for name, value in evaluate(worker, test()).items()})
+                if config.train.eval_every and worker.step % config.train.eval_every == 0:
+                    scores = _scores(worker, test)
+                    _log(worker, scores)
+                    worker.scored(worker.history.last | scores)
                 clock = time.perf_counter()
                 worker.position = Position(epoch, worker.position.batch + 1)
                 if saver and (values := saver.after_step()) is not None:
                     _log(worker, values)
+                worker.beat()
+                if worker.embedding.stop_agreed:
+                    raise Stopped(f"stopped after step {worker.step:,}")
         if config.train.max_steps is not None and worker.step >= config.train.max_steps:
             break
         worker.position = Position(epoch + 1)
-    results = (
-        {f"progressive/{name}": value for name, value in _shared(worker, worker.progressive).items()} if config.train.progressive else {}
-    )
-    if test:
-        results |= {f"eval/{name}": value for name, value in evaluate(worker, test()).items()}
+    results = _scores(worker, test)
     if worker.history.reported < len(worker.losses):
         report(worker)
     results["bytes/peak_of_run"] = max(worker.history.values["bytes/peak"])
+    results |= {f"time_of_run/{phase}": seconds for phase, seconds in worker.history.seconds.items()}
+    results["run/workers"] = float(worker.exchange.workers)
     results["speed/samples_per_s_of_run"] = worker.samples / worker.training_seconds
     _log(worker, results)
     return worker.history.last | results
@@ -167,12 +184,15 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
         loss_sum = nn.functional.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="sum")
         loss = loss_sum * (worker.exchange.workers / max(1, route.rows))
         worker.optimizer.zero_grad(set_to_none=True)
+    worker.skipped_rows += batch.skipped
+    if not usable(worker, logits_B, loss_sum):
+        return
     inner = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update"))
     start = time.perf_counter()
     with record_function("backward"):
         loss.backward()
     with worker.times.phase("model"):
-        worker.optimizer.step()
+        learn_dense(worker)
     spent_inside = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update")) - inner
     worker.times.seconds["model"] += time.perf_counter() - start - spent_inside
     scores = logits_B.detach()
@@ -258,7 +278,20 @@ def evaluate(worker: Worker, batches: Iterable[Batch]) -> dict[str, float]:
             batch.validate(worker.config.data.features, worker.config.data.dense)
             batch = batch.to(worker.device)
             metrics.update(worker.dense(batch.dense, worker.embedding(batch)), batch.labels)
+            worker.beat()
     return _shared(worker, metrics)
+
+
+def _scores(worker: Worker, test: Batches | None) -> dict[str, float]:
+    """What is known of the quality now: of all training batches so far, where they are scored, and of the test set, where there is one."""
+    scores = (
+        {f"progressive/{name}": value for name, value in _shared(worker, worker.progressive).items()}
+        if worker.config.train.progressive
+        else {}
+    )
+    if test:
+        scores |= {f"eval/{name}": value for name, value in evaluate(worker, test()).items()}
+    return scores
 
 
 def report(worker: Worker) -> dict[str, float]:
@@ -270,10 +303,13 @@ def report(worker: Worker) -> dict[str, float]:
     totals = StoreTotals.gather(worker.shard, worker.embedding.take_peak(), worker.exchange, counted)
     values = {f"train/{name}": value for name, value in _shared(worker, worker.window).items() if name != "rows"}
     losses = worker.exchange.all_reduce(torch.tensor(worker.losses[worker.history.reported :], dtype=torch.float64))
-    values["train/loss"] = float(losses.mean()) if len(losses) else float("nan")
+    values["train/loss"] = float(losses.nanmean()) if len(losses) else float("nan")
+    values |= _skipped(worker)
     values |= totals.metrics(worker.config, worker.budget_bytes, worker.last_lookups)
     values["wire/bytes_per_step"] = float(worker.exchange.all_reduce(torch.tensor([(sent - bytes_before) / steps]))[0])
-    values |= {f"time/{phase}": seconds / steps for phase, seconds in worker.times.take().items()}
+    phases = worker.times.take()
+    worker.history.add_seconds(phases)
+    values |= {f"time/{phase}": seconds / steps for phase, seconds in phases.items()}
     values |= {f"ahead/{phase}": seconds / steps for phase, seconds in worker.times_ahead.take().items()}
     values["speed/samples_per_s"] = (worker.samples - samples) / max(1e-9, now - clock)
     worker.history.reported = len(worker.losses)
@@ -282,11 +318,26 @@ def report(worker: Worker) -> dict[str, float]:
     worker.window_start = (now, worker.samples, sent)
     worker.window.reset()
     _log(worker, values)
-    worker.tell(
+    _tell(
+        worker,
         f"step {worker.step}: loss {values['train/loss']:.4f}, AUC {values['train/auc']:.4f}, "
-        f"{values['bytes/total'] / 2**20:.1f} MiB, hits {values['lookup/hit_rate']:.1%}, {values['speed/samples_per_s']:,.0f} samples/s"
+        f"{values['bytes/total'] / 2**20:.1f} MiB, hits {values['lookup/hit_rate']:.1%}, {values['speed/samples_per_s']:,.0f} samples/s",
     )
     return values
+
+
+def _skipped(worker: Worker) -> dict[str, float]:
+    """What has been left out since the start; nothing where the configuration leaves nothing out."""
+    config = worker.config
+    if config.data.bad_rows == "error" and config.train.not_finite == "error":
+        return {}
+    rows, bags = worker.exchange.all_reduce(torch.tensor([worker.skipped_rows, worker.embedding.skipped_bags])).tolist()
+    return {"data/skipped_rows": rows, "train/skipped_bags": bags, "train/skipped_steps": float(worker.skipped.steps)}
+
+
+def _tell(worker: Worker, text: str) -> None:
+    _logger.info(text)
+    worker.tell(text)
 
 
 def _routed(worker: Worker, batches: Iterable[Batch]) -> Generator[tuple[Batch, Route], None, None]:

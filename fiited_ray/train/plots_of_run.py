@@ -10,7 +10,7 @@ from fiited_ray import plots
 from fiited_ray.methods import store_tables
 
 if TYPE_CHECKING:
-    from fiited_ray.tracking import RunWriter
+    from fiited_ray.run_writer import RunWriter
     from fiited_ray.train.loop import Worker
 
 

@@ -74,12 +74,18 @@ class History:
     steps: list[int] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
     widths: list[np.ndarray] = field(default_factory=list)  # rows by table and width, int64 [tables, chunks], at the same steps
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, since this worker began
     importance: tuple[float, np.ndarray] | None = None  # threshold and rows by importance bin, at the last round
 
     @property
     def last(self) -> dict[str, float]:
         """The latest values."""
         return {name: series[-1] for name, series in self.values.items()}
+
+    def add_seconds(self, phases: Mapping[str, float]) -> None:
+        """Add seconds by phase to those of the run."""
+        for phase, seconds in phases.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def add(self, step: int, values: Mapping[str, float], rows_by_width: np.ndarray) -> None:
         """Add a report; a name that reports before this one lacked, at first or in between, is NaN there."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2.api.config import ScalingConfig  # ray.train's to a type checker is the old one
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from fiited_ray import checkpoint, tracking
@@ -22,12 +25,19 @@ from fiited_ray.data import parquet_batches, ray_batches, ray_dataset
 from fiited_ray.data.files import Files
 from fiited_ray.data.reader import data_config
 from fiited_ray.exchange import make_exchange
+from fiited_ray.logs import log_folder, logging_as
+from fiited_ray.run_writer import RunWriter
 from fiited_ray.store import backends
 from fiited_ray.summary import summary
-from fiited_ray.train.loop import Batches, Worker, fit_budget, train
+from fiited_ray.tracked_data import inputs_of
+from fiited_ray.tracked_model import log_model
+from fiited_ray.tracked_system import watching
+from fiited_ray.train.loop import Batches, Stopped, Worker, fit_budget, train
 from fiited_ray.train.plan import Plan
 from fiited_ray.train.plots_of_run import log_plots
 from fiited_ray.train.resume import resume_point, storage_path
+from fiited_ray.train.stopping import STOPPED, OnPreemption, StopOnSignal, poll_stop
+from fiited_ray.watchdog import Watchdog
 
 _POLL_SECONDS = 1.0
 _LOST_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)", re.IGNORECASE)
@@ -42,25 +52,45 @@ class Outcome:
     run: tracking.RunRef
 
 
-def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
+def connect(workers: int) -> None:
+    """Join the cluster of a submitted job, or start Ray on this machine, unless this process is already connected."""
+    if ray.is_initialized():
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    else:  # workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores
+        cpus = max(os.cpu_count() or 1, workers + 2)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def run(
+    plan: Plan,
+    progress: Callable[[str], None] = print,
+    *,
+    name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Outcome:
     """Train on Ray Train workers and log to MLflow. Starts Ray on this machine unless it is already connected.
+
+    Args:
+        name: what MLflow calls the run, where that is not the configuration's name.
+        tags: of the MLflow run, beside its own.
+        callbacks: `ray.train.UserCallback`s, told of what the workers report at `train.eval_every` and at the end.
 
     Raises:
         RuntimeError: with the first worker's error.
+        Stopped: when the process was told to end (SIGTERM) and the run has been saved.
     """
     config = plan.config
-    workers = config.train.workers
-    if not ray.is_initialized():
-        if address := os.environ.get("RAY_ADDRESS"):  # a submitted job's cluster
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:  # workers hold a CPU each, and reading needs some beside them: on a small machine they share its cores
-            cpus = max(os.cpu_count() or 1, workers + 2)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    workers = config.train.most_workers
+    connect(workers)
     if config.train.use_gpu and "RAY_ADDRESS" not in os.environ and (gpus := _gpus_of_ray()) < workers:
         raise RuntimeError(f"train.use_gpu: {workers} worker(s) want a GPU each, and Ray has {gpus:.0f} here; set it to false")
     synthetic = plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic)
+    own_tags = {"method": config.method, "budget": str(config.budget), "synthetic_data": str(synthetic)}
     before = resume_point(config, plan.files)
-    run_ref = tracking.open_run(config, {"synthetic_data": str(synthetic)}, before.run if before else None)
+    run_ref = tracking.open_run(config, {**own_tags, **(tags or {})}, before.run if before else None, inputs_of(plan), name)
     if before:
         progress(f"goes on from {before.folder.path}, step {before.step:,}")
     coordinator = start_coordinator(config.policy, workers)
@@ -73,22 +103,32 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={"plan": plan, "run": run_ref, "coordinator": coordinator, "lineage": before.run if before else run_ref.run_id},
-        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=config.train.use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=config.train.use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=config.train.resize_seconds,
+        ),
         datasets=datasets,
         dataset_config=data_config(),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if config.train.use_gpu else "gloo", timeout_s=int(config.train.timeout_seconds)
+        ),
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=storage_path(config),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.checkpoint.keep + config.checkpoint.incremental),
             failure_config=ray.train.FailureConfig(max_failures=config.checkpoint.restarts),
+            callbacks=list(callbacks),
         ),
     )
     finished = threading.Event()
     watcher = threading.Thread(target=_watch, args=(coordinator, finished, progress), daemon=True)
     watcher.start()
+    stop = StopOnSignal(coordinator, config.train.grace_seconds, lambda: tracking.finish(run_ref, "KILLED"))
     try:
-        result = trainer.fit()
+        with stop:
+            result = trainer.fit()
     except BaseException as error:
         tracking.finish(run_ref, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         if isinstance(error, WorkerGroupError):
@@ -101,8 +141,13 @@ def run(plan: Plan, progress: Callable[[str], None] = print) -> Outcome:
         ray.kill(coordinator)
     assert result.checkpoint is not None
     assert result.metrics is not None
+    if result.metrics.get(STOPPED):
+        tracking.finish(run_ref, "KILLED")
+        raise Stopped(f"stopped after step {result.metrics[STOPPED]:,.0f}; the same command goes on from there")
     folder = checkpoint.Folder(result.checkpoint.filesystem, result.checkpoint.path)
     outcome = Outcome(result.metrics, f"{storage_path(config)}/{config.name}/{folder.name}", run_ref)
+    if config.tracking.log_model:
+        log_model(run_ref, plan, outcome.model_folder, outcome.metrics)
     tracking.describe(run_ref, f"```\n{summary(plan, outcome)}\n```")
     tracking.finish(run_ref, "FINISHED")
     return outcome
@@ -136,10 +181,15 @@ def _work(setup: dict[str, Any]) -> None:
     torch.set_num_threads(config.train.threads)
     if config.train.use_gpu:
         use_gpu()
-    writer = tracking.RunWriter(setup["run"]) if rank == 0 else None
+    logs = log_folder(config.output, config.name)
+    journal = logs / "metrics-not-in-mlflow.jsonl" if logs is not None else None
+    writer = RunWriter(setup["run"], config.tracking.patience_seconds, journal) if rank == 0 else None
     tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
-    decider = RemoteDecider(setup["coordinator"], rank)
-    worker = Worker(config, plan.budget_bytes, make_exchange(), decider, writer, tell, distinct_ids=plan.distinct_ids)
+    exchange = make_exchange(config.train.timeout_seconds)
+    attempt = int(exchange.all_reduce(torch.tensor([time.time_ns() // 1_000_000 if rank == 0 else 0]))[0])
+    decider = RemoteDecider(setup["coordinator"], rank, attempt=attempt, workers=workers)
+    worker = Worker(config, plan.budget_bytes, exchange, decider, writer, tell, distinct_ids=plan.distinct_ids)
+    worker.scored = lambda values: ray.train.report({**values, "step": worker.step})
 
     restore_last(worker, setup["lineage"], plan.files)
 
@@ -152,11 +202,22 @@ def _work(setup: dict[str, Any]) -> None:
     test = open_files("test", plan.test_files, batch_size * 4, lambda: 0) if plan.test_files else None
     training = open_files("train", plan.files, batch_size, lambda: worker.position.batch, config.data.max_rows)
     saver = checkpoint.Saver(worker, checkpoint.RayPublisher(), setup["lineage"], list(plan.files.rows))
-    metrics = train(worker, training, test, saver)
+    watchdog = Watchdog(config.train.stall_seconds, config.train.timeout_seconds, rank, logs)
+    stop_polling = poll_stop(setup["coordinator"], worker) if rank == 0 else contextlib.nullcontext()
+    with logging_as(rank, lambda: worker.step, logs, config.train.debug), watchdog, stop_polling:
+        worker.beat = watchdog.beat
+        try:
+            with watching(setup["run"], config.tracking.system_every if rank == 0 else 0):
+                metrics = train(worker, training, test, OnPreemption(saver, worker))
+        except Stopped:
+            saver.save(metrics={**worker.history.last, STOPPED: float(worker.step)})
+        else:
+            if writer is not None:
+                log_plots(writer, worker, metrics, plan.files.synthetic)
+            saver.save(finished=True, metrics={**metrics, "step": worker.step})
+        saver.wait()
     if writer is not None:
-        log_plots(writer, worker, metrics, plan.files.synthetic)
-    saver.save(finished=True, metrics=metrics)
-    saver.wait()
+        writer.close()
 
 
 def restore_last(worker: Worker, lineage: str, files: Files) -> None:
@@ -188,5 +249,5 @@ def use_gpu() -> None:
 
 
 def _gpus_of_ray() -> float:
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()
     return resources.get("GPU", 0.0)

@@ -93,7 +93,7 @@ def test_a_job_submitted_again_ends_as_if_it_had_never_stopped(config: Config, r
     runs = client.search_runs([outcome.run.experiment_id])
     assert [each.info.status for each in runs] == ["FINISHED"]
     assert {each.step for each in client.get_metric_history(outcome.run.run_id, "train/loss")} == set(range(2, STEPS + 1, 2))
-    kept = sorted(Path(config.output.removeprefix("fsspec+file://"), "again").glob("checkpoint_*"))
+    kept = sorted(Path(config.output.removeprefix("fsspec+file://"), "again").glob("checkpoint_2*"))  # by date; not Ray's own list of them
     assert len(kept) == 2  # keep, and one that it could build on
 
     assert point(config, "auto") is None  # a finished run begins anew

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from runs import BATCHES, BUDGET, config, differences, folders, opened, resumed, run, solo, state_of
+from runs import BATCHES, BUDGET, batches, config, differences, folders, opened, resumed, run, solo, state_of
 
-from fiited_ray.checkpoint import restore
+from fiited_ray.checkpoint import Folder, FolderPublisher, Saver, open_checkpoint, restore
 from fiited_ray.config import ConfigError
-from fiited_ray.train.loop import fit_budget
+from fiited_ray.train.loop import fit_budget, train
 
 TIMED = ("time/", "ahead/", "speed/", "checkpoint/stopped_s")
 
@@ -101,8 +101,6 @@ def test_another_configuration_is_refused_by_its_key(tmp_path: Path, change: dic
 
 
 def test_other_training_files_are_refused(tmp_path: Path) -> None:
-    from fiited_ray.checkpoint import Folder, FolderPublisher, Saver
-
     worker = solo(config(steps=6))
     saver = Saver(worker, FolderPublisher(Folder.of(tmp_path)), "test", [100, 28])
     saver.save()
@@ -110,3 +108,18 @@ def test_other_training_files_are_refused(tmp_path: Path) -> None:
     restore(opened(folders(tmp_path)[0]), solo(config(steps=6)), [100, 28])
     with pytest.raises(ConfigError, match=r"data\.train: 99 rows in 1 files now, but 128 in 2 when"):
         restore(opened(folders(tmp_path)[0]), solo(config(steps=6)), [99])
+
+
+def test_checkpoints_lie_on_any_filesystem_that_fsspec_knows(tmp_path: Path) -> None:
+    made = config(steps=12)
+    whole = solo(made)
+    place = Folder.of(f"fsspec+file://{tmp_path}/deep/down")
+    saver = Saver(whole, FolderPublisher(place), "test")
+    train(whole, lambda: batches(whole.position.batch), None, saver)
+    saver.save(finished=True)
+    saver.wait()
+    last = place.child("checkpoint_000002")
+    assert not last.is_local
+    worker = solo(made)
+    restore(open_checkpoint(last), worker)
+    assert differences(state_of(whole), state_of(worker)) == []

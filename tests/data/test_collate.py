@@ -22,14 +22,14 @@ def hash_of(text: str | bytes) -> int:
     """The id of one string."""
     content = text.encode() if isinstance(text, str) else text
     bytes_ = torch.tensor(list(content), dtype=torch.uint8)
-    return int(ops("cpu").hash_strings(torch.tensor([0, len(content)]), bytes_)[0])
+    return int(ops("cpu").hash_strings(torch.tensor([0, len(content)]), bytes_, 0)[0])
 
 
 def cross_of(*ids: int) -> int:
     """The id of a cross of ids."""
     crossed = torch.tensor([ids[0]])
     for each in ids[1:]:
-        crossed = ops("cpu").cross_ids(crossed, torch.tensor([each]))
+        crossed = ops("cpu").cross_ids(crossed, torch.tensor([each]), 0)
     return int(crossed[0])
 
 
@@ -61,7 +61,7 @@ def test_integers_are_their_own_ids_and_null_has_one(kind: pa.DataType) -> None:
 
 
 def test_unsigned_64_bit_ids_keep_their_bits() -> None:
-    assert collate(pa.array([2**64 - 1, 2**63, 2**63 + 5, None], pa.uint64())) == [-1, -(2**63), 5 - 2**63, NULL_ID]
+    assert collate(pa.array([2**64 - 1, 2**63 - 1, 2**63 + 5, None], pa.uint64())) == [-1, 2**63 - 1, 5 - 2**63, NULL_ID]
 
 
 def test_large_integers_beside_a_null_keep_every_digit() -> None:

@@ -62,6 +62,12 @@ def test_a_float32_layer_and_its_gradients_are_those_of_float64(relu: bool, rows
         torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_passes_on_what_is_not_a_number() -> None:
+    x = torch.tensor([[1.0, torch.nan], [1.0, 2.0]])
+    out = linear(x, torch.ones(3, 2), torch.zeros(3), relu=True)
+    assert out.isnan().tolist() == [[True] * 3, [False] * 3]
+
+
 def test_dcn_crosses_as_the_paper_writes() -> None:
     torch.manual_seed(0)
     model = DCNv2(3, 2, 4, 2, 3, (6,)).double()

@@ -1,0 +1,85 @@
+"""A trained model for predictions alone: rows in, probabilities out. Needs neither Ray nor a GPU nor labels.
+
+This is the loader that MLflow's pyfunc flavour names: `mlflow.pyfunc.load_model` calls `_load_pyfunc` with the folder of the saved model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+
+from fiited_ray.checkpoint import load_model
+from fiited_ray.config import DataConfig
+from fiited_ray.data.collate import Collator
+from fiited_ray.data.errors import DataError
+
+PREDICTION = "probability"
+_ROWS_AT_ONCE = 16384
+_WHOLE_FLOATS = 2.0**53  # below it, a float64 tells all integers apart
+
+
+class Predictor:
+    """A saved model in one process.
+
+    Args:
+        folder: a saved model's (see docs/checkpoints.md).
+
+    Raises:
+        CheckpointError: for a folder that is not a saved model, or a damaged one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._model = load_model(folder)
+        self.config = dataclasses.replace(self._model.config.data, time=None)  # the order of rows does not matter to a prediction
+        self._collate = Collator(self.config)
+
+    def predict(self, rows: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Probability of label 1 for each row, float64 [rows], under the rows' own index.
+
+        Args:
+            rows: the configuration's columns, the label apart; others are not looked at.
+            params: taken because MLflow hands them over; there are none.
+
+        Raises:
+            DataError: naming column, row and value.
+        """
+        wanted = input_columns(self.config)
+        missing = [name for name in wanted if name not in rows.columns]
+        if missing:
+            raise DataError(f"no column {', '.join(map(repr, missing))} among those given: {', '.join(map(str, rows.columns))}")
+        table = self._with_whole_ids(pa.Table.from_pandas(rows[wanted], preserve_index=False))
+        table = table.append_column(self.config.label, pa.array([0] * len(rows), pa.int8()))  # the collator checks one; none is used
+        parts = [self._scores(table.slice(begin, _ROWS_AT_ONCE)) for begin in range(0, len(rows), _ROWS_AT_ONCE)]
+        scores = torch.cat(parts) if parts else torch.empty(0)
+        return pd.DataFrame({PREDICTION: scores.double().numpy()}, index=rows.index)
+
+    def _with_whole_ids(self, table: pa.Table) -> pa.Table:
+        """Integer ids that pandas holds as float64, because some are missing, as integers again."""
+        for name in self.config.scalar:
+            if name in self.config.bins or not pa.types.is_floating(table[name].type):
+                continue
+            values = table[name].to_numpy()
+            odd = ~np.isnan(values) & ((values != np.floor(values)) | (np.abs(values) >= _WHOLE_FLOATS))
+            if odd.any():
+                row = int(odd.argmax())
+                raise DataError(f"column {name!r}, row {row}: {values[row]} is not an integer; ids are integers or strings")
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64(), from_pandas=True, safe=False))
+        return table
+
+    def _scores(self, table: pa.Table) -> torch.Tensor:
+        return torch.sigmoid(self._model.logits(self._collate(table, "rows")))
+
+
+def input_columns(config: DataConfig) -> list[str]:
+    """Columns that a prediction needs: all but the label and the time."""
+    return [name for name in dataclasses.replace(config, time=None).columns if name != config.label]
+
+
+def _load_pyfunc(data_path: str) -> Predictor:
+    return Predictor(Path(data_path))

@@ -1,0 +1,92 @@
+"""What keeps a step that went wrong from the rows: losses and gradients that are not finite, and a store that contradicts itself."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fiited_ray.train.loop import Worker
+
+_log = logging.getLogger(__name__)
+_MOST_IN_A_ROW = 100
+
+
+@dataclass
+class SkippedSteps:
+    """Steps without a finite loss or dense gradient (`train.not_finite=skip`)."""
+
+    steps: int = 0
+    in_a_row: int = 0
+
+    def count(self, step: int) -> None:
+        """One more.
+
+        Raises:
+            ValueError: when nothing but such steps has come for long.
+        """
+        self.steps += 1
+        self.in_a_row += 1
+        if self.in_a_row >= _MOST_IN_A_ROW:
+            raise ValueError(
+                f"step {step}: {self.in_a_row} steps in a row had no finite loss; the data or the model are lost: look into the data, "
+                "or lower train.lr and embedding.lr"
+            )
+
+
+def usable(worker: Worker, logits_B: Tensor, loss_sum: Tensor) -> bool:
+    """Whether a step can be learned from, asked before its backward pass, when no row has been touched; the same on every worker.
+
+    Raises:
+        ValueError: with `train.not_finite=error`, for a loss that is not finite; or when too many steps in a row have been skipped.
+    """
+    finite = bool(torch.isfinite(loss_sum))
+    if worker.config.train.not_finite == "error":
+        if not finite:
+            raise ValueError(_told(worker, logits_B))
+        return True
+    if int(worker.exchange.all_reduce(torch.tensor([int(finite)]))[0]) == worker.exchange.workers:
+        return True
+    if not finite:
+        _log.warning("%s; the step is skipped", _told(worker, logits_B))
+    worker.skipped.count(worker.step)
+    worker.losses.append(math.nan)
+    return False
+
+
+def learn_dense(worker: Worker) -> None:
+    """The dense parameters' step; their gradients are the same on every worker, and so is what is decided here."""
+    if worker.config.train.not_finite == "skip":
+        gradients = [each.grad for each in worker.dense.parameters() if each.grad is not None]
+        if not all(bool(torch.isfinite(each).all()) for each in gradients):
+            _log.warning("step %d: the dense parameters' gradient is not finite; they skip the step", worker.step)
+            worker.skipped.count(worker.step)
+            return
+        worker.skipped.in_a_row = 0
+    worker.optimizer.step()
+
+
+def check_store(worker: Worker) -> None:
+    """Check every invariant of this worker's store (`train.debug`).
+
+    Raises:
+        RuntimeError: naming step, worker, row and the invariant that does not hold.
+    """
+    try:
+        worker.shard.check()
+    except RuntimeError as error:
+        raise RuntimeError(f"step {worker.step}, worker {worker.exchange.rank}: {error}") from None
+
+
+def _told(worker: Worker, logits_B: Tensor) -> str:
+    odd = (~torch.isfinite(logits_B.detach())).nonzero().flatten()
+    what = "the sum of the losses is not finite"
+    if len(odd):
+        row = int(odd[0])
+        what = f"the model's logit for row {row} of worker {worker.exchange.rank}'s batch is {float(logits_B[row])}"
+    return f"step {worker.step}: {what}; look for huge dense values, or lower train.lr and embedding.lr"

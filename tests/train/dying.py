@@ -1,0 +1,53 @@
+"""A training function whose workers are killed in one phase after another; imported by Ray's workers, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fiited_ray.checkpoint import save
+from fiited_ray.embedding import PhaseTimes
+from fiited_ray.train import trainer
+
+_work = trainer._work  # as it is; the driver's module is patched, this one's name is not
+
+
+def die_once(folder: Path, phase: str) -> None:
+    """SIGKILL this process, if nobody has died in this phase yet."""
+    with contextlib.suppress(FileExistsError):
+        (folder / phase).touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work(setup: dict[str, Any]) -> None:
+    """`trainer._work`, in which the worker of rank 1 dies once in each phase, and once while it writes a checkpoint."""
+    import ray.train
+
+    folder, phases = Path(setup["deaths"]), list(setup["phases"])
+    if ray.train.get_context().get_world_rank() == 1:
+        whole, counts = PhaseTimes.phase, dict.fromkeys(phases, 0)
+
+        @contextlib.contextmanager
+        def phase(self: PhaseTimes, name: str) -> Iterator[None]:
+            with whole(self, name):
+                waiting = [each for each in phases if not (folder / each).exists()]
+                if waiting and waiting[0] == name:
+                    counts[name] += 1
+                    if counts[name] > setup["after"].get(name, 0):
+                        die_once(folder, name)
+                yield
+
+        PhaseTimes.phase = phase  # type: ignore[method-assign]
+        write = save._write
+
+        def dying_write(*arguments: Any) -> int:
+            if all((folder / each).exists() for each in phases):
+                die_once(folder, "checkpoint")
+            return write(*arguments)
+
+        save._write = dying_write
+    _work(setup)

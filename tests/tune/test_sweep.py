@@ -1,0 +1,129 @@
+"""Sweeps for real: Ray Tune over Ray Train runs, logged to MLflow."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Sweep, small_config  # type: ignore[import-not-found]
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from fiited_ray.config import Config, load
+from fiited_ray.train.plan import make_plan
+from fiited_ray.tune.measure import Measure
+from fiited_ray.tune.scheduler import AshaByBudget
+from fiited_ray.tune.space import parse_budgets, parse_vary, settings_of
+from fiited_ray.tune.sweep import Grid, Question, Search
+from fiited_ray.tune.sweep import sweep as run_sweep
+
+SILENT: Any = lambda text: None  # noqa: E731
+
+
+def runs_of(uri: str) -> tuple[Run, list[Run]]:
+    """The sweep's run and those below it, from the first on."""
+    client = MlflowClient(uri)
+    found = client.search_runs([each.experiment_id for each in client.search_experiments()], order_by=["attributes.start_time"])
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    return parents[0], children
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped_and_trains_nothing_twice(sweep: Sweep) -> None:
+    assert "full: AUC" in sweep.killed
+    assert "full, known from before" in sweep.resumed
+    assert "full: AUC" not in sweep.resumed
+    parent, children = runs_of(sweep.uri)
+    assert parent.info.status == "FINISHED"
+    ended = [(run.info.run_name, run.info.status) for run in children]
+    assert ended.count(("full", "FINISHED")) == 1
+    assert ended.count(("fiited 50%", "FINISHED")) == 1
+    assert not [name for name, status in ended if status == "RUNNING"]
+
+
+def test_the_target_is_told_in_one_sentence_below_a_table_of_all_trials(sweep: Sweep) -> None:
+    table = [line for line in sweep.resumed.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 2
+    assert [line for line in table if "fiited 50% *" in line and "finished" in line]
+    assert "is the smallest within 0.5 AUC of full width" in sweep.resumed
+    assert "on synthetic data" in sweep.resumed
+    parent, _ = runs_of(sweep.uri)
+    assert "is the smallest within 0.5 AUC of full width" in parent.data.tags["mlflow.note.content"]
+
+
+def test_the_best_configuration_is_one_that_training_takes(sweep: Sweep) -> None:
+    best = load(sweep.output / "best.yaml")
+    assert (best.name, best.method, str(best.budget)) == ("sweep-best", "fiited", "50%")
+    assert make_plan(best).budget_bytes
+
+
+def test_plots_and_configuration_are_artifacts_of_the_sweeps_run(sweep: Sweep) -> None:
+    parent, _ = runs_of(sweep.uri)
+    names = {each.path for each in MlflowClient(sweep.uri).list_artifacts(parent.info.run_id)}
+    assert {"pareto.png", "pareto.html", "best.yaml"} <= names
+
+
+def test_each_trial_has_parameters_metrics_by_step_data_and_tags_to_group_by(sweep: Sweep) -> None:
+    parent, children = runs_of(sweep.uri)
+    client = MlflowClient(sweep.uri)
+    trial = next(run for run in children if run.info.run_name == "fiited 50%" and run.info.status == "FINISHED")
+    assert (trial.data.params["method"], trial.data.params["budget"]) == ("fiited", "50%")
+    assert {"method": "fiited", "budget": "50%", "sweep": "sweep", "synthetic_data": "True"}.items() <= trial.data.tags.items()
+    assert [each.step for each in client.get_metric_history(trial.info.run_id, "train/loss")] == [4, 8, 12, 15]
+    assert {"eval/auc", "bytes/total", "parameters/kept_share"} <= trial.data.metrics.keys()
+    assert len(trial.inputs.dataset_inputs) == len(parent.inputs.dataset_inputs) == 2
+
+
+def test_only_the_best_trials_model_is_put_among_mlflows(sweep: Sweep) -> None:
+    _, children = runs_of(sweep.uri)
+    logged = {run.info.run_name for run in children if run.outputs and run.outputs.model_outputs}
+    assert logged == {"fiited 50%"}
+
+
+@pytest.fixture
+def base(tmp_path: Path, synthetic: tuple[Path, Path]) -> Config:
+    return load(small_config(tmp_path, *synthetic))
+
+
+def test_a_failed_trial_is_told_and_the_others_go_on(base: Config, ray_local: None) -> None:
+    good = settings_of("fiited", "60%")
+    bad = good | {"model.top": [10**15]}  # no machine has the memory
+    outcome = run_sweep(Question(base, Grid((bad, good)), Measure("auc", "eval", 0.5)), SILENT)
+    assert outcome.answer.best is not None
+    assert outcome.answer.best.settings == good
+    assert sorted(trial.state for trial in outcome.trials) == ["failed", "finished"]
+    _, children = runs_of(outcome.run.uri)
+    assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED"]
+
+
+def test_a_search_reports_scores_on_the_way_and_is_taken_up_again_for_more_trials(base: Config, ray_local: None) -> None:
+    space = (("fiited",), parse_budgets("40%..80%"), parse_vary(["policy.alpha=2,4"]))
+    question = Question(base, Search(*space, trials=1), Measure("auc", "eval", 0.5))
+    first = run_sweep(question, SILENT)
+    assert len(first.trials) == 1
+    client = MlflowClient(first.run.uri)
+    history = client.get_metric_history(first.trials[0].run_id, "eval/auc")
+    assert len({each.step for each in history}) >= 4  # at each quarter, by which ASHA decides
+    lines: list[str] = []
+    again = run_sweep(dataclasses.replace(question, asked=Search(*space, trials=2)), lines.append)
+    assert len(again.trials) == 2
+    assert first.trials[0] in again.trials
+    assert [line for line in lines if "known from before" in line]
+
+
+def test_a_trial_is_stopped_early_only_by_trials_of_like_budget() -> None:
+    scheduler = AshaByBudget("step", "eval/auc", "max", grace=10, most=40)
+
+    def score(name: str, budget: str, auc: float) -> str:
+        trial = SimpleNamespace(trial_id=name, config={"settings": settings_of("fiited", budget)})
+        scheduler.on_trial_add(None, trial)
+        return scheduler.on_trial_result(None, trial, {"step": 10, "eval/auc": auc})
+
+    assert score("a", "30%", 0.80) == "CONTINUE"
+    assert score("b", "28%", 0.70) == "STOP"
+    assert score("c", "2%", 0.60) == "CONTINUE"
+    assert score("d", "30%", 0.90) == "CONTINUE"
