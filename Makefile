@@ -12,7 +12,7 @@ SHELL := /bin/bash
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
-kernels := $(wildcard cuda_ext/*.cpp cuda_ext/*/*.cpp)
+kernels := $(wildcard cuda_ext/*.cpp cuda_ext/*/*.cpp cuda_ext/*/*.cu)
 headers := $(wildcard cuda_ext/*.h cuda_ext/*/*.h)
 
 # What pyproject.toml asks for: torch and setuptools come first because the kernels are built against the installed torch.
@@ -24,10 +24,10 @@ dev_needs = project["project"]["optional-dependencies"]["dev"]
 # leaks are not looked for, because the interpreter itself never frees what it interns.
 sanitized := build/sanitize/lib
 
-.PHONY: help setup train test sanitize lint format ui clean
+.PHONY: help setup train test sanitize lint format ui clean emulation cuda-check
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
 setup: $(VENV)/.built  ## make .venv, install what is needed, build the kernels
 
@@ -35,8 +35,14 @@ train: $(VENV)/.built $(if $(findstring synthetic,$(CONFIG)),data/synthetic)  ##
 	@echo "==> training by $(CONFIG) $(ARGS)"
 	@$(bin)/python jobs/train.py --config $(CONFIG) $(ARGS)
 
-test: $(VENV)/.built $(VENV)/.dev  ## the whole test suite
+test: $(VENV)/.built $(VENV)/.emulated $(VENV)/.dev  ## the whole test suite
 	@$(bin)/python -m pytest -q tests
+
+emulation: $(VENV)/.emulated  ## build the CUDA sources for the CPU, as the tests run them
+
+cuda-check: $(VENV)/.emulated $(VENV)/.dev  ## compile the CUDA sources where nvcc is, and test them emulated; no GPU is needed
+	@$(bin)/python cuda_ext/nvcc.py build/cuda
+	@$(bin)/python -m pytest -q tests/store/test_devices.py
 
 sanitize: $(VENV)/.dependencies $(VENV)/.dev  ## the store's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@FIITED_RAY_SANITIZE=1 $(bin)/python setup.py -q build --build-base build/sanitize --build-lib $(sanitized)
@@ -84,6 +90,11 @@ $(VENV)/.dependencies: pyproject.toml requirements.lock | $(VENV)/.python
 $(VENV)/.built: $(VENV)/.dependencies setup.py $(kernels) $(headers)
 	@echo "==> building the kernels: about a minute"
 	@$(pip) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.emulated: $(VENV)/.built
+	@echo "==> building the CUDA sources for the CPU"
+	@FIITED_EMULATION=1 $(bin)/python setup.py -q build_ext --inplace
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.dependencies

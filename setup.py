@@ -3,22 +3,38 @@
 One binary serves every torch from 2.11 on and every Python: it has no module init and links no libpython. On x86 there are two more
 of it, for AVX2 and AVX-512: whole libraries, so that no instruction of one strays into another; which one is loaded is decided there.
 The same sums in the same order, without fused multiply-add: results do not depend on it.
+
+Where there is nvcc and a torch for CUDA, _cuda.so beside it is the store on a GPU. FIITED_EMULATION=1 builds _emulated.so and nothing
+else: the same CUDA sources for the CPU, which the tests run.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import platform
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("cuda_ext")
 TORCH_ABI = "0x020b000000000000"  # torch 2.11: major, minor and patch in a byte each, from the top
+
+
+def nvcc_module() -> ModuleType:
+    """cuda_ext/nvcc.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("nvcc", KERNELS / "nvcc.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def torch_folder() -> Path:
@@ -47,6 +63,8 @@ class BuildKernels(build_ext):
         ext.library_dirs += [str(torch / "lib")]
         apart = copy.copy(self)  # the libraries are built side by side, of the same sources: each needs objects of its own
         apart.build_temp = str(Path(self.build_temp) / ext.name)
+        if ext.name.endswith("_cuda"):
+            ext.extra_objects += nvcc_module().compile_all(nvcc, Path(apart.build_temp))
         super(BuildKernels, apart).build_extension(ext)
 
 
@@ -55,7 +73,7 @@ def kernels(name: str, *flags: str) -> Extension:
     return Extension(
         f"fiited_ray.{name}",
         sources=[str(KERNELS / "binding.cpp"), *sorted(map(str, KERNELS.glob("cpu/*.cpp")))],
-        depends=sorted(map(str, KERNELS.rglob("*.h"))),
+        depends=sorted(str(path) for path in KERNELS.rglob("*.*") if path.suffix in (".h", ".cu")),
         include_dirs=[str(KERNELS)],
         libraries=["torch_cpu"],  # already loaded by `import torch`, so no path to it is written into the file
         define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI)],
@@ -72,14 +90,46 @@ def kernels(name: str, *flags: str) -> Extension:
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1")
 SANITIZED = bool(os.environ.get("FIITED_RAY_SANITIZE"))
 
-ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
+def store_on_device(name: str, sources: list[Path], *flags: str, **more: Any) -> Extension:
+    """The store of cuda_ext/cuda, for GPUs or emulated."""
+    extension = kernels(name, *flags)
+    extension.sources = [str(KERNELS / "cuda" / "binding.cpp"), str(KERNELS / "cpu" / "plan.cpp"), *map(str, sources)]
+    for key, value in more.items():
+        setattr(extension, key, value)
+    return extension
+
+
+def missing_for_cuda() -> str | None:
+    """Why there is no store on a GPU here."""
+    if nvcc is None:
+        return "nvcc is missing"
+    return None if (torch_folder() / "lib" / "libtorch_cuda.so").is_file() else "this torch has no CUDA"
+
+
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
+nvcc = nvcc_module().find()
+
+extensions = [
+    kernels("_C", *(SANITIZE if SANITIZED else ())),
+    *([kernels("_C_avx2", "-march=x86-64-v3"), kernels("_C_avx512", "-march=x86-64-v4")] if ON_X86 and not SANITIZED else []),
+]
+if os.environ.get("FIITED_EMULATION") == "1":
+    extensions = [store_on_device("_emulated", [KERNELS / "emulation" / "emulated.cpp"], "-DFIITED_EMULATED")]
+elif SANITIZED:
+    pass
+elif reason := missing_for_cuda():
+    print(f"fiited-ray: the store is built for CPUs only, for {reason}")
+else:
+    toolkit = nvcc_module().runtime(nvcc)
+    extensions.append(
+        store_on_device(
+            "_cuda", [], libraries=["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"], library_dirs=[str(toolkit)]
+        )
+    )
 
 setup(
-    ext_modules=[
-        kernels("_C", *(SANITIZE if SANITIZED else ())),
-        *([kernels("_C_avx2", "-march=x86-64-v3"), kernels("_C_avx512", "-march=x86-64-v4")] if ON_X86 and not SANITIZED else []),
-    ],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp311"}, "build_ext": {"parallel": 3}},
 )

@@ -1,6 +1,7 @@
 """The store's speed beside FBGEMM's and torch's tables, and beside what the memory allows.
 
     python benchmarks/store.py --json FILE [--dims 32 128] [--turns 48]
+    python benchmarks/store.py --device cuda --json FILE     # on a GPU, see store_device.py
 
 Synthetic ids: 26 tables, 4096 single-hot power-law ids of each in a batch, tables far larger than the last-level cache. A training
 step is lookup, backward and fused row-wise Adagrad (torch: elementwise, the only sparse one it has). Systems take turns batch by
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import store_device
 import torch
 from torch import Tensor, nn
 
@@ -331,6 +333,7 @@ def print_rounds(rounds: list[dict[str, float]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda", "emulated"), default="cpu", help="other than cpu: see store_device.py")
     parser.add_argument("--dims", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=48, help="timed batches of each system")
@@ -340,6 +343,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.device != "cpu":
+        on_device = store_device.run(arguments.device)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(on_device, indent=1) + "\n")
+        return 0
     result: dict[str, Any] = {"synthetic": True, "dims": {}}
     for dim in arguments.dims:
         figures = measure(dim, arguments.turns, not arguments.without_torch)

@@ -1,17 +1,6 @@
-// The thin layer between torch and the kernels: argument checks, tensors to pointers, shards behind integer handles.
-// Stable libtorch ABI only, so that one binary serves several torch versions.
+// The thin layer between torch and the CPU's kernels: argument checks, tensors to pointers.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <map>
-#include <mutex>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
+#include "binding.h"
 
 #include "cpu/batch.h"
 #include "cpu/buffers.h"
@@ -22,20 +11,10 @@
 
 namespace {
 
+using namespace fiited::binding;
+using fiited::CpuShard;
 using fiited::Shard;
 using fiited::ShardConfig;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-[[noreturn]] void fail(const std::string& message) { throw std::runtime_error("fiited: " + message); }
-
-// A macro, so that the message is put together only where it is needed.
-#define REQUIRE(holds, message)  \
-  do {                           \
-    if (!(holds)) fail(message); \
-  } while (false)
-
-Tensor make(int64_t size, ScalarType type) { return torch::stable::empty({size}, type); }
 
 // For results that may be large: their memory comes from `buffers` and returns there with the tensor.
 Tensor make_floats(std::initializer_list<int64_t> sizes, ScalarType type = ScalarType::Float) {
@@ -50,20 +29,8 @@ Tensor make_floats(std::initializer_list<int64_t> sizes, ScalarType type = Scala
 }
 
 template <class T>
-Tensor from_vector(const std::vector<T>& values, ScalarType type) {
-  Tensor out = make(static_cast<int64_t>(values.size()), type);
-  std::copy(values.begin(), values.end(), static_cast<T*>(out.mutable_data_ptr()));
-  return out;
-}
-
-template <class T>
 const T* read(const Tensor& tensor, ScalarType type, const char* name, int64_t size) {
-  REQUIRE(tensor.is_cpu(), std::string(name) + " must be on the CPU");
-  REQUIRE(tensor.scalar_type() == type, std::string(name) + " has the wrong dtype");
-  REQUIRE(tensor.is_contiguous(), std::string(name) + " must be contiguous");
-  REQUIRE(size < 0 || tensor.numel() == size,
-          std::string(name) + " must have " + std::to_string(size) + " elements, not " + std::to_string(tensor.numel()));
-  return static_cast<const T*>(tensor.const_data_ptr());
+  return read_on<T>(torch::headeronly::DeviceType::CPU, tensor, type, name, size);
 }
 
 // The kernels' tasks run on torch's own threads.
@@ -79,68 +46,11 @@ const bool threads_set = [] {
 
 // ---- shards ---------------------------------------------------------------------------------------------------------
 
-std::mutex shards_mutex;
-std::map<int64_t, std::shared_ptr<Shard>> shards;
-int64_t next_handle = 1;
+Handles<CpuShard> shards;
 
-std::shared_ptr<Shard> shard_of(int64_t handle) {
-  const std::lock_guard<std::mutex> lock(shards_mutex);
-  const auto found = shards.find(handle);
-  REQUIRE(found != shards.end(), "no shard has handle " + std::to_string(handle));
-  return found->second;
-}
-
-// The order of these numbers is that of fiited_ray/store/layout.py.
-ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector<double>& floats) {
-  REQUIRE(ints.size() == 11 && floats.size() >= 7, "a shard's configuration is 11 integers, 7 numbers and levels");
-  ShardConfig config;
-  config.seed = static_cast<uint64_t>(ints[0]);
-  config.chunk = static_cast<int>(ints[1]);
-  config.chunks = static_cast<int>(ints[2]);
-  config.storage = static_cast<fiited::Storage>(ints[3]);
-  config.optimizer = static_cast<fiited::Optimizer>(ints[4]);
-  config.importance = static_cast<fiited::Importance>(ints[5]);
-  config.tables = static_cast<int>(ints[6]);
-  config.first_bucket = static_cast<uint32_t>(ints[7]);
-  config.end_bucket = static_cast<uint32_t>(ints[8]);
-  config.sketch_sets = static_cast<uint32_t>(ints[9]);
-  config.limit_bytes = ints[10];
-  config.eps = floats[0];
-  config.beta1 = floats[1];
-  config.beta2 = floats[2];
-  config.init_scale = floats[3];
-  config.restore_scale = floats[4];
-  config.decay = floats[5];
-  config.admission = floats[6];
-  config.levels.assign(floats.begin() + 7, floats.end());
-  REQUIRE(config.chunk > 0 && config.chunks > 0 && config.chunks <= 64, "chunk and chunks must be positive, chunks at most 64");
-  REQUIRE(static_cast<int>(config.levels.size()) == config.chunks, "one level for each chunk is wanted");
-  REQUIRE(config.tables > 0 && config.tables <= 65536, "there must be 1 to 65536 tables");
-  REQUIRE(config.first_bucket < config.end_bucket && config.end_bucket <= fiited::kBuckets, "bucket range out of order");
-  REQUIRE(config.sketch_sets > 0, "the sketch needs one set for each bucket");
-  REQUIRE(config.limit_bytes >= 0, "limit_bytes must not be negative");
-  return config;
-}
-
-int64_t store_create(std::vector<int64_t> ints, std::vector<double> floats) {
-  auto shard = Shard::make(config_of(ints, floats));
-  const std::lock_guard<std::mutex> lock(shards_mutex);
-  shards[next_handle] = std::move(shard);
-  return next_handle++;
-}
-
-void store_destroy(int64_t handle) {
-  const std::lock_guard<std::mutex> lock(shards_mutex);
-  shards.erase(handle);
-}
-
-// [fixed bytes, bytes of a row of width 1, ..., of width k]
-Tensor store_plan(std::vector<int64_t> ints, std::vector<double> floats) {
-  const ShardConfig config = config_of(ints, floats);
-  std::vector<int64_t> plan{config.fixed_bytes()};
-  for (int width = 1; width <= config.chunks; ++width) plan.push_back(config.row_bytes(width));
-  return from_vector(plan, ScalarType::Long);
-}
+int64_t store_create(std::vector<int64_t> ints, std::vector<double> floats) { return shards.add(CpuShard::make(config_of(ints, floats))); }
+void store_destroy(int64_t handle) { shards.remove(handle); }
+std::shared_ptr<CpuShard> shard_at(int64_t handle) { return shards[handle]; }
 
 void check_keys(const ShardConfig& config, const int64_t* keys, const int32_t* tables, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -154,7 +64,7 @@ void check_keys(const ShardConfig& config, const int64_t* keys, const int32_t* t
 
 std::tuple<Tensor, Tensor> store_lookup(int64_t handle, Tensor keys, Tensor tables, Tensor counts, bool training, int64_t step,
                                         int64_t quota) {
-  const auto shard = shard_of(handle);
+  const auto shard = shard_at(handle);
   const int64_t n = keys.numel();
   const auto* keys_data = read<int64_t>(keys, ScalarType::Long, "keys", n);
   const auto* tables_data = read<int32_t>(tables, ScalarType::Int, "tables", n);
@@ -172,7 +82,7 @@ const uint32_t* read_addresses(const Tensor& addresses, int64_t n) {
 }
 
 // The rows of a lookup must still be there: reading them follows their addresses.
-void check_addresses(const Shard& shard, const uint32_t* addresses, const uint8_t* widths, int64_t n) {
+void check_addresses(const CpuShard& shard, const uint32_t* addresses, const uint8_t* widths, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     REQUIRE(shard.fits(addresses[i], widths[i]),
             "row " + std::to_string(i) + " was resized or moved since its lookup; look up again after a round");
@@ -180,7 +90,7 @@ void check_addresses(const Shard& shard, const uint32_t* addresses, const uint8_
 }
 
 Tensor store_read(int64_t handle, Tensor addresses, Tensor widths, std::optional<Tensor> take) {
-  const auto shard = shard_of(handle);
+  const auto shard = shard_at(handle);
   const int64_t rows = widths.numel();
   const auto* addresses_data = read_addresses(addresses, rows);
   const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
@@ -196,170 +106,6 @@ Tensor store_read(int64_t handle, Tensor addresses, Tensor widths, std::optional
   shard->read(n, take_data, addresses_data, widths_data, static_cast<float*>(values.mutable_data_ptr()));
   return values;
 }
-
-Tensor store_histogram(int64_t handle) {
-  Tensor out = torch::stable::empty({2, fiited::kImportanceBins}, ScalarType::Long);
-  shard_of(handle)->histogram(static_cast<int64_t*>(out.mutable_data_ptr()));
-  return out;
-}
-
-int64_t store_shrink(int64_t handle, double threshold) {
-  REQUIRE(threshold >= 0, "the threshold must not be negative");
-  return shard_of(handle)->shrink(threshold);
-}
-
-void store_grow(int64_t handle) { shard_of(handle)->grow(); }
-
-void store_set_limit(int64_t handle, int64_t bytes) { shard_of(handle)->set_limit(bytes); }
-
-Tensor store_stats(int64_t handle) {
-  const fiited::ShardStats s = shard_of(handle)->stats();
-  return from_vector<int64_t>(
-      {s.payload, s.optimizer, s.index,   s.sketch, s.slack,    s.total,   s.planned, s.fixed,   s.limit,          s.peak,
-       s.rows,    s.distinct,  s.lookups, s.hits,   s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes, s.asked_bytes},
-      ScalarType::Long);
-}
-
-Tensor store_rows_by_width(int64_t handle) {
-  const auto shard = shard_of(handle);
-  Tensor out = torch::stable::empty({shard->config().tables, shard->config().chunks}, ScalarType::Long);
-  shard->rows_by_width(static_cast<int64_t*>(out.mutable_data_ptr()));
-  return out;
-}
-
-void store_reset_round_counters(int64_t handle) { shard_of(handle)->reset_round_counters(); }
-
-void store_check(int64_t handle) { shard_of(handle)->check(); }
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> store_export(int64_t handle, int64_t first_bucket, int64_t end_bucket) {
-  const auto rows = shard_of(handle)->export_rows(static_cast<uint32_t>(first_bucket), static_cast<uint32_t>(end_bucket));
-  return {from_vector(rows.raw_ids, ScalarType::Long), from_vector(rows.tables, ScalarType::Int),
-          from_vector(rows.widths, ScalarType::Byte),  from_vector(rows.importance, ScalarType::Float),
-          from_vector(rows.values, ScalarType::Float), from_vector(rows.state, ScalarType::Float)};
-}
-
-// ---- saving and loading --------------------------------------------------------------------------------------------
-
-ScalarType storage_type(const ShardConfig& config) {
-  switch (config.storage) {
-    case fiited::Storage::kFloat32: return ScalarType::Float;
-    case fiited::Storage::kBFloat16: return ScalarType::BFloat16;
-    case fiited::Storage::kFloat16: return ScalarType::Half;
-  }
-  fail("unknown storage type");
-}
-
-// Addresses of the rows changed since the last call, or of all; and how many of them belong to each range of buckets.
-std::tuple<Tensor, Tensor> store_changed(int64_t handle, bool all, std::vector<int64_t> ends) {
-  const auto shard = shard_of(handle);
-  REQUIRE(!ends.empty() && ends.back() == shard->config().end_bucket, "the last range must end where the shard's buckets do");
-  for (size_t i = 0; i < ends.size(); ++i) REQUIRE(ends[i] >= (i ? ends[i - 1] : 0), "the ranges' ends fall");
-  std::vector<int64_t> counts;
-  const auto addresses = shard->changed(all, std::vector<uint32_t>(ends.begin(), ends.end()), counts);
-  return {from_vector(addresses, ScalarType::Int), from_vector(counts, ScalarType::Long)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> store_take(int64_t handle, Tensor addresses) {
-  const auto shard = shard_of(handle);
-  const ShardConfig& config = shard->config();
-  const int64_t n = addresses.numel();
-  const auto* addresses_data = read_addresses(addresses, n);
-  Tensor widths = make(n, ScalarType::Byte);
-  auto* widths_data = static_cast<uint8_t*>(widths.mutable_data_ptr());
-  shard->widths_at(n, addresses_data, widths_data);
-  int64_t value_count = 0;
-  int64_t state_count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    value_count += widths_data[i] * config.chunk;
-    state_count += config.layout().state_bytes(widths_data[i]) / 4;
-  }
-  Tensor raw_ids = make(n, ScalarType::Long);
-  Tensor tables = make(n, ScalarType::Int);
-  Tensor importance = make(n, ScalarType::Float);
-  Tensor values = make(value_count, storage_type(config));
-  Tensor state = make(state_count, ScalarType::Float);
-  shard->take(
-      n, addresses_data,
-      {static_cast<int64_t*>(raw_ids.mutable_data_ptr()), static_cast<int32_t*>(tables.mutable_data_ptr()), widths_data,
-       static_cast<float*>(importance.mutable_data_ptr()), values.mutable_data_ptr(), static_cast<float*>(state.mutable_data_ptr())});
-  return {raw_ids, tables, widths, importance, values, state};
-}
-
-void store_put(int64_t handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state,
-               std::optional<Tensor> addresses) {
-  const auto shard = shard_of(handle);
-  const ShardConfig& config = shard->config();
-  const int64_t n = raw_ids.numel();
-  const auto* tables_data = read<int32_t>(tables, ScalarType::Int, "tables", n);
-  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", n);
-  const auto* importance_data = read<float>(importance, ScalarType::Float, "importance", n);
-  int64_t value_count = 0;
-  int64_t state_count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    REQUIRE(tables_data[i] >= 0 && tables_data[i] < config.tables,
-            "row " + std::to_string(i) + " names table " + std::to_string(tables_data[i]));
-    REQUIRE(widths_data[i] > 0 && widths_data[i] <= config.chunks,
-            "row " + std::to_string(i) + " has width " + std::to_string(widths_data[i]));
-    REQUIRE(importance_data[i] >= 0 && importance_data[i] < 3e38f, "the importance of row " + std::to_string(i) + " is not a number >= 0");
-    value_count += widths_data[i] * config.chunk;
-    state_count += config.layout().state_bytes(widths_data[i]) / 4;
-  }
-  (void)read<uint8_t>(values, storage_type(config), "values", value_count);
-  shard->put(n,
-             {const_cast<int64_t*>(read<int64_t>(raw_ids, ScalarType::Long, "raw_ids", n)), const_cast<int32_t*>(tables_data),
-              const_cast<uint8_t*>(widths_data), const_cast<float*>(importance_data), const_cast<void*>(values.const_data_ptr()),
-              const_cast<float*>(read<float>(state, ScalarType::Float, "state", state_count))},
-             addresses ? read_addresses(*addresses, n) : nullptr);
-}
-
-void store_reserve(int64_t handle, std::vector<int64_t> rows_by_width) {
-  const auto shard = shard_of(handle);
-  REQUIRE(static_cast<int>(rows_by_width.size()) == shard->config().chunks, "one number of rows for each width is wanted");
-  shard->reserve(rows_by_width);
-}
-
-Tensor store_state(int64_t handle) {
-  const fiited::ShardState s = shard_of(handle)->state();
-  return from_vector<int64_t>(
-      {s.step, s.lowered, s.base, s.lookups, s.hits, s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes, s.asked_bytes},
-      ScalarType::Long);
-}
-
-void store_restore(int64_t handle, std::vector<int64_t> n, double threshold) {
-  REQUIRE(n.size() == 11, "a shard's state is 11 integers");
-  REQUIRE(threshold >= 0 && threshold < 3e38, "the threshold is not a number >= 0");
-  REQUIRE(n[0] >= 0 && n[1] >= 0 && std::abs(n[2]) < 1024, "the shard's state is out of range");
-  shard_of(handle)->restore({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]}, threshold);
-}
-
-// Sketch cells [buckets, sets * 32] and registers of the distinct counter [buckets, 4].
-std::tuple<Tensor, Tensor> store_sketch(int64_t handle) {
-  const auto shard = shard_of(handle);
-  const int64_t buckets = shard->config().buckets();
-  const int64_t entries = shard->config().sketch_sets * fiited::Sketch::kEntries;
-  Tensor cells = torch::stable::empty({buckets, entries}, ScalarType::Short);
-  Tensor registers = torch::stable::empty({buckets, fiited::DistinctCounter::kPerBucket}, ScalarType::Byte);
-  std::copy_n(shard->sketch_cells(), buckets * entries, static_cast<uint16_t*>(cells.mutable_data_ptr()));
-  std::copy_n(shard->distinct_registers(), registers.numel(), static_cast<uint8_t*>(registers.mutable_data_ptr()));
-  return {cells, registers};
-}
-
-void store_put_sketch(int64_t handle, int64_t first_bucket, Tensor cells, int64_t base, Tensor registers) {
-  const auto shard = shard_of(handle);
-  const ShardConfig& config = shard->config();
-  const int64_t entries = config.sketch_sets * fiited::Sketch::kEntries;
-  const int64_t buckets = cells.numel() / entries;
-  const auto* cells_data = reinterpret_cast<const uint16_t*>(read<int16_t>(cells, ScalarType::Short, "cells", buckets * entries));
-  const auto* registers_data = read<uint8_t>(registers, ScalarType::Byte, "registers", buckets * fiited::DistinctCounter::kPerBucket);
-  REQUIRE(first_bucket >= config.first_bucket && first_bucket + buckets <= config.end_bucket, "the buckets belong to another shard");
-  REQUIRE(std::abs(base) < 1024, "the base of the sketch's levels is out of range");
-  for (int64_t i = 0; i < buckets; ++i) {
-    shard->put_bucket(static_cast<uint32_t>(first_bucket + i), cells_data + i * entries, static_cast<int>(base),
-                      registers_data + i * fiited::DistinctCounter::kPerBucket);
-  }
-}
-
-void store_seal(int64_t handle) { shard_of(handle)->seal(); }
 
 // ---- batches --------------------------------------------------------------------------------------------------------
 
@@ -438,17 +184,6 @@ fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::op
   return bags;
 }
 
-ScalarType real_type(const Tensor& tensor, const char* name) {
-  REQUIRE(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double,
-          std::string(name) + " must be float32 or float64");
-  return tensor.scalar_type();
-}
-
-template <class Visit>
-auto with_real(ScalarType type, Visit&& visit) {
-  return type == ScalarType::Double ? visit(double{}) : visit(float{});
-}
-
 Tensor pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean,
             int64_t chunk, int64_t chunks) {
   const ScalarType type = real_type(values, "values");
@@ -511,7 +246,7 @@ Tensor lookup_norms(Tensor grad_out, int64_t rows, Tensor inverse, Tensor offset
 
 Tensor store_pool(int64_t handle, Tensor addresses, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights,
                   int64_t features, bool mean) {
-  const auto shard = shard_of(handle);
+  const auto shard = shard_at(handle);
   const ShardConfig& config = shard->config();
   const int64_t rows = widths.numel();
   const auto* addresses_data = read_addresses(addresses, rows);
@@ -532,6 +267,7 @@ Shard::Update update_of(const ShardConfig& config, const Tensor& keys, const Ten
                            read<uint8_t>(widths, ScalarType::Byte, "widths", n),
                            read<int32_t>(counts, ScalarType::Int, "counts", n),
                            lookup_norms ? read<float>(*lookup_norms, ScalarType::Float, "lookup_norms", n) : nullptr,
+                           0,
                            lr,
                            step,
                            static_cast<uint64_t>(quota)};
@@ -541,7 +277,7 @@ Shard::Update update_of(const ShardConfig& config, const Tensor& keys, const Ten
 
 void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients,
                   std::optional<Tensor> target, std::optional<Tensor> lookup_norms, double lr, int64_t step, int64_t quota) {
-  const auto shard = shard_of(handle);
+  const auto shard = shard_at(handle);
   const ShardConfig& config = shard->config();
   const Shard::Update rows = update_of(config, keys, tables, addresses, widths, counts, lookup_norms, lr, step, quota);
   const int64_t arrivals = target ? target->numel() : rows.n;
@@ -559,12 +295,135 @@ void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, 
 void store_update_pooled(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor grad_out,
                          Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean,
                          std::optional<Tensor> lookup_norms, double lr, int64_t step, int64_t quota) {
-  const auto shard = shard_of(handle);
+  const auto shard = shard_at(handle);
   const ShardConfig& config = shard->config();
   const Shard::Update rows = update_of(config, keys, tables, addresses, widths, counts, lookup_norms, lr, step, quota);
   const fiited::Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks, rows.n);
   shard->update_pooled(rows, bags, read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * bags.dim()));
 }
+
+// ---- saving and loading --------------------------------------------------------------------------------------------
+
+ScalarType storage_type(const ShardConfig& config) {
+  switch (config.storage) {
+    case fiited::Storage::kFloat32: return ScalarType::Float;
+    case fiited::Storage::kBFloat16: return ScalarType::BFloat16;
+    case fiited::Storage::kFloat16: return ScalarType::Half;
+  }
+  fail("unknown storage type");
+}
+
+// Addresses of the rows changed since the last call, or of all; and how many of them belong to each range of buckets.
+std::tuple<Tensor, Tensor> store_changed(int64_t handle, bool all, std::vector<int64_t> ends) {
+  const auto shard = shard_at(handle);
+  REQUIRE(!ends.empty() && ends.back() == shard->config().end_bucket, "the last range must end where the shard's buckets do");
+  for (size_t i = 0; i < ends.size(); ++i) REQUIRE(ends[i] >= (i ? ends[i - 1] : 0), "the ranges' ends fall");
+  std::vector<int64_t> counts;
+  const auto addresses = shard->changed(all, std::vector<uint32_t>(ends.begin(), ends.end()), counts);
+  return {from_vector(addresses, ScalarType::Int), from_vector(counts, ScalarType::Long)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> store_take(int64_t handle, Tensor addresses) {
+  const auto shard = shard_at(handle);
+  const ShardConfig& config = shard->config();
+  const int64_t n = addresses.numel();
+  const auto* addresses_data = read_addresses(addresses, n);
+  Tensor widths = make(n, ScalarType::Byte);
+  auto* widths_data = static_cast<uint8_t*>(widths.mutable_data_ptr());
+  shard->widths_at(n, addresses_data, widths_data);
+  int64_t value_count = 0;
+  int64_t state_count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    value_count += widths_data[i] * config.chunk;
+    state_count += config.layout().state_bytes(widths_data[i]) / 4;
+  }
+  Tensor raw_ids = make(n, ScalarType::Long);
+  Tensor tables = make(n, ScalarType::Int);
+  Tensor importance = make(n, ScalarType::Float);
+  Tensor values = make(value_count, storage_type(config));
+  Tensor state = make(state_count, ScalarType::Float);
+  shard->take(
+      n, addresses_data,
+      {static_cast<int64_t*>(raw_ids.mutable_data_ptr()), static_cast<int32_t*>(tables.mutable_data_ptr()), widths_data,
+       static_cast<float*>(importance.mutable_data_ptr()), values.mutable_data_ptr(), static_cast<float*>(state.mutable_data_ptr())});
+  return {raw_ids, tables, widths, importance, values, state};
+}
+
+void store_put(int64_t handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state,
+               std::optional<Tensor> addresses) {
+  const auto shard = shard_at(handle);
+  const ShardConfig& config = shard->config();
+  const int64_t n = raw_ids.numel();
+  const auto* tables_data = read<int32_t>(tables, ScalarType::Int, "tables", n);
+  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", n);
+  const auto* importance_data = read<float>(importance, ScalarType::Float, "importance", n);
+  int64_t value_count = 0;
+  int64_t state_count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    REQUIRE(tables_data[i] >= 0 && tables_data[i] < config.tables,
+            "row " + std::to_string(i) + " names table " + std::to_string(tables_data[i]));
+    REQUIRE(widths_data[i] > 0 && widths_data[i] <= config.chunks,
+            "row " + std::to_string(i) + " has width " + std::to_string(widths_data[i]));
+    REQUIRE(importance_data[i] >= 0 && importance_data[i] < 3e38f, "the importance of row " + std::to_string(i) + " is not a number >= 0");
+    value_count += widths_data[i] * config.chunk;
+    state_count += config.layout().state_bytes(widths_data[i]) / 4;
+  }
+  (void)read<uint8_t>(values, storage_type(config), "values", value_count);
+  shard->put(n,
+             {const_cast<int64_t*>(read<int64_t>(raw_ids, ScalarType::Long, "raw_ids", n)), const_cast<int32_t*>(tables_data),
+              const_cast<uint8_t*>(widths_data), const_cast<float*>(importance_data), const_cast<void*>(values.const_data_ptr()),
+              const_cast<float*>(read<float>(state, ScalarType::Float, "state", state_count))},
+             addresses ? read_addresses(*addresses, n) : nullptr);
+}
+
+void store_reserve(int64_t handle, std::vector<int64_t> rows_by_width) {
+  const auto shard = shard_at(handle);
+  REQUIRE(static_cast<int>(rows_by_width.size()) == shard->config().chunks, "one number of rows for each width is wanted");
+  shard->reserve(rows_by_width);
+}
+
+Tensor store_state(int64_t handle) {
+  const fiited::ShardState s = shard_at(handle)->state();
+  return from_vector<int64_t>(
+      {s.step, s.lowered, s.base, s.lookups, s.hits, s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes, s.asked_bytes},
+      ScalarType::Long);
+}
+
+void store_restore(int64_t handle, std::vector<int64_t> n, double threshold) {
+  REQUIRE(n.size() == 11, "a shard's state is 11 integers");
+  REQUIRE(threshold >= 0 && threshold < 3e38, "the threshold is not a number >= 0");
+  REQUIRE(n[0] >= 0 && n[1] >= 0 && std::abs(n[2]) < 1024, "the shard's state is out of range");
+  shard_at(handle)->restore({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]}, threshold);
+}
+
+// Sketch cells [buckets, sets * 32] and registers of the distinct counter [buckets, 4].
+std::tuple<Tensor, Tensor> store_sketch(int64_t handle) {
+  const auto shard = shard_at(handle);
+  const int64_t buckets = shard->config().buckets();
+  const int64_t entries = shard->config().sketch_sets * fiited::kSketchEntries;
+  Tensor cells = torch::stable::empty({buckets, entries}, ScalarType::Short);
+  Tensor registers = torch::stable::empty({buckets, fiited::DistinctCounter::kPerBucket}, ScalarType::Byte);
+  std::copy_n(shard->sketch_cells(), buckets * entries, static_cast<uint16_t*>(cells.mutable_data_ptr()));
+  std::copy_n(shard->distinct_registers(), registers.numel(), static_cast<uint8_t*>(registers.mutable_data_ptr()));
+  return {cells, registers};
+}
+
+void store_put_sketch(int64_t handle, int64_t first_bucket, Tensor cells, int64_t base, Tensor registers) {
+  const auto shard = shard_at(handle);
+  const ShardConfig& config = shard->config();
+  const int64_t entries = config.sketch_sets * fiited::kSketchEntries;
+  const int64_t buckets = cells.numel() / entries;
+  const auto* cells_data = reinterpret_cast<const uint16_t*>(read<int16_t>(cells, ScalarType::Short, "cells", buckets * entries));
+  const auto* registers_data = read<uint8_t>(registers, ScalarType::Byte, "registers", buckets * fiited::DistinctCounter::kPerBucket);
+  REQUIRE(first_bucket >= config.first_bucket && first_bucket + buckets <= config.end_bucket, "the buckets belong to another shard");
+  REQUIRE(std::abs(base) < 1024, "the base of the sketch's levels is out of range");
+  for (int64_t i = 0; i < buckets; ++i) {
+    shard->put_bucket(static_cast<uint32_t>(first_bucket + i), cells_data + i * entries, static_cast<int>(base),
+                      registers_data + i * fiited::DistinctCounter::kPerBucket);
+  }
+}
+
+void store_seal(int64_t handle) { shard_at(handle)->seal(); }
 
 // ---- ids ---------------------------------------------------------------------------------------------------------------
 
@@ -622,32 +481,7 @@ std::tuple<Tensor, Tensor> interact_backward(Tensor grad_out, std::optional<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fiited, m) {
-  m.def("hash_strings(Tensor offsets, Tensor bytes, int seed) -> Tensor");
-  m.def("cross_ids(Tensor left, Tensor right, int seed) -> Tensor");
-  m.def("store_create(int[] ints, float[] floats) -> int");
-  m.def("store_destroy(int handle) -> ()");
-  m.def("store_plan(int[] ints, float[] floats) -> Tensor");
-  m.def("store_lookup(int handle, Tensor keys, Tensor tables, Tensor counts, bool training, int step, int quota) -> (Tensor, Tensor)");
-  m.def("store_read(int handle, Tensor addresses, Tensor widths, Tensor? take) -> Tensor");
-  m.def(
-      "store_pool(int handle, Tensor addresses, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean) "
-      "-> "
-      "Tensor");
-  m.def(
-      "store_update(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients, Tensor? "
-      "target, Tensor? lookup_norms, float lr, int step, int quota) -> ()");
-  m.def(
-      "store_update_pooled(int handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor grad_out, Tensor "
-      "inverse, Tensor offsets, Tensor? weights, int features, bool mean, Tensor? lookup_norms, float lr, int step, int quota) -> ()");
-  m.def("store_histogram(int handle) -> Tensor");
-  m.def("store_shrink(int handle, float threshold) -> int");
-  m.def("store_grow(int handle) -> ()");
-  m.def("store_set_limit(int handle, int bytes) -> ()");
-  m.def("store_stats(int handle) -> Tensor");
-  m.def("store_rows_by_width(int handle) -> Tensor");
-  m.def("store_reset_round_counters(int handle) -> ()");
-  m.def("store_check(int handle) -> ()");
-  m.def("store_export(int handle, int first_bucket, int end_bucket) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define(m);
   m.def("store_changed(int handle, bool all, int[] ends) -> (Tensor, Tensor)");
   m.def("store_take(int handle, Tensor addresses) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -659,22 +493,8 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("store_sketch(int handle) -> (Tensor, Tensor)");
   m.def("store_put_sketch(int handle, int first_bucket, Tensor cells, int base, Tensor registers) -> ()");
   m.def("store_seal(int handle) -> ()");
-  m.def(
-      "dedup_ids(Tensor ids, Tensor feature_ends, Tensor feature_tables, int seed, int workers) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
-  m.def("dedup_keys(Tensor keys, Tensor tables, Tensor counts) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int chunk, int chunks) "
-      "-> Tensor");
-  m.def(
-      "pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int chunk, "
-      "int chunks, bool fold) -> Tensor");
-  m.def(
-      "pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tensor inverse, Tensor offsets, int features, bool mean, int "
-      "chunk, int chunks) -> Tensor");
-  m.def(
-      "lookup_norms(Tensor grad_out, int rows, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int dim) -> "
-      "Tensor");
+  m.def("hash_strings(Tensor offsets, Tensor bytes, int seed) -> Tensor");
+  m.def("cross_ids(Tensor left, Tensor right, int seed) -> Tensor");
   m.def("interact(Tensor? below, Tensor vectors, int columns) -> Tensor");
   m.def("interact_backward(Tensor grad_out, Tensor? below, Tensor vectors) -> (Tensor, Tensor)");
 }
@@ -682,16 +502,7 @@ STABLE_TORCH_LIBRARY(fiited, m) {
 STABLE_TORCH_LIBRARY_IMPL(fiited, CompositeExplicitAutograd, m) {
   m.impl("store_create", TORCH_BOX(&store_create));
   m.impl("store_destroy", TORCH_BOX(&store_destroy));
-  m.impl("store_plan", TORCH_BOX(&store_plan));
-  m.impl("store_histogram", TORCH_BOX(&store_histogram));
-  m.impl("store_shrink", TORCH_BOX(&store_shrink));
-  m.impl("store_grow", TORCH_BOX(&store_grow));
-  m.impl("store_set_limit", TORCH_BOX(&store_set_limit));
-  m.impl("store_stats", TORCH_BOX(&store_stats));
-  m.impl("store_rows_by_width", TORCH_BOX(&store_rows_by_width));
-  m.impl("store_reset_round_counters", TORCH_BOX(&store_reset_round_counters));
-  m.impl("store_check", TORCH_BOX(&store_check));
-  m.impl("store_export", TORCH_BOX(&store_export));
+  ByHandle<&shard_at>::implement(m);
   m.impl("store_changed", TORCH_BOX(&store_changed));
   m.impl("store_reserve", TORCH_BOX(&store_reserve));
   m.impl("store_state", TORCH_BOX(&store_state));

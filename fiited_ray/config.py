@@ -252,7 +252,7 @@ class TrainConfig:
 
     workers: int | tuple[int, int] = 2  # or [fewest, most]: as many as the cluster has room for; the run goes on with fewer or more
     threads: int = 1  # per worker
-    use_gpu: bool = False
+    use_gpu: bool = False  # each worker has a GPU, which holds its part of the store and of the model
     batch_size: int = 4096  # rows of one step, over all workers
     epochs: int = 1
     max_steps: int | None = None

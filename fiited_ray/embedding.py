@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -77,6 +77,15 @@ class Route:
     tables: Tensor  # int32 [M']
     counts: Tensor  # int32 [M']
     owner_inverse: Tensor | None  # int32 [M]: position among the M'; None where there is one worker and nothing to merge
+
+    def to(self, device: torch.device) -> Route:
+        """The route with its tensors in a device's memory."""
+        names = (
+            ("inverse", "keys", "tables", "counts")
+            if self.owner_inverse is None
+            else ("inverse", "keys", "tables", "counts", "owner_inverse")
+        )
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
@@ -143,14 +152,16 @@ class ShardedEmbedding(nn.Module):
     def route(self, batch: Batch, exchange: Exchange | None = None) -> Route:
         """First half of a reading, which does not touch the store: dedup, and tell the owners. All workers must call this together.
 
+        It runs where the batch is, on the CPU or on the store's device.
+
         Args:
             exchange: the way to take; a thread other than the training loop's needs one of its own.
         """
         exchange = exchange or self.exchange
         features = len(self._tables)
         rows = (batch.offsets.numel() - 1) // features
-        ends = batch.offsets[rows::rows] if rows else torch.zeros(features, dtype=torch.int64)
-        local = ops.dedup_ids(batch.ids, ends.contiguous(), self._tables, self.shard.spec.seed, exchange.workers)
+        ends = batch.offsets[rows::rows] if rows else batch.offsets.new_zeros(features)
+        local = ops.dedup_ids(batch.ids, ends.contiguous(), self._tables.to(batch.ids.device), self.shard.spec.seed, exchange.workers)
         if exchange.workers == 1:
             all_of_them = [len(local.keys)]
             return Route(rows, len(batch.ids), local.inverse, all_of_them, all_of_them, local.keys, local.tables, local.counts, None)
@@ -277,7 +288,7 @@ class ShardedEmbedding(nn.Module):
             arrived = self.exchange.all_to_all(gradients, send, receive)
             if norms is not None:
                 arrived_norms = self.exchange.all_to_all(norms, route.send, route.receive)
-                norms = torch.zeros(reading.found.widths.numel()).index_add_(0, route.owner_inverse, arrived_norms)
+                norms = arrived_norms.new_zeros(reading.found.widths.numel()).index_add_(0, route.owner_inverse, arrived_norms)
         with self.times.phase("update"):
             self.shard.update(reading.found, arrived, norms, self.lr, self.step, reading.quota, route.owner_inverse)
 

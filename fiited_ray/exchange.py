@@ -89,6 +89,7 @@ def make_exchange(timeout_seconds: float | None = None) -> Exchange:
 
 def splits(sizes: Tensor, counts: list[int]) -> list[int]:
     """Sum `sizes` (int64 [sum of counts]) over consecutive groups of `counts` members."""
-    ends = torch.cumsum(torch.tensor(counts), 0)
-    sums = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(sizes, 0)])[ends]
-    return torch.diff(sums, prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+    ends = torch.cumsum(torch.tensor(counts, device=sizes.device), 0)
+    nothing = sizes.new_zeros(1)
+    sums = torch.cat([nothing, torch.cumsum(sizes, 0)])[ends]
+    return torch.diff(sums, prepend=nothing).tolist()

@@ -134,7 +134,7 @@ def test_ids_aimed_at_one_place_of_the_index_by_who_knows_the_seed_keep_rows_of_
 
 def test_without_the_seed_nobody_can_aim() -> None:
     ids = torch.tensor(colliding_ids(4000, 11))
-    aimed, spread = (ops().dedup_ids(ids, torch.tensor([4000]), torch.tensor([0], dtype=torch.int32), seed, 8)[4] for seed in (11, 12))
+    aimed, spread = (ops("cpu").dedup_ids(ids, torch.tensor([4000]), torch.tensor([0], dtype=torch.int32), seed, 8)[4] for seed in (11, 12))
     assert int(aimed.max()) == 4000
     assert int(spread.max()) < 1.3 * 4000 / 8
 
@@ -142,7 +142,7 @@ def test_without_the_seed_nobody_can_aim() -> None:
 def test_texts_and_crosses_that_collide_under_one_key_do_not_under_another() -> None:
     """The earlier, unkeyed hash took word by word into 64 bits, so that a second word could undo the first."""
     words = torch.arange(64, dtype=torch.int64)
-    hashes = [ops().cross_ids(words, words.flip(0), seed) for seed in (1, 2)]
+    hashes = [ops("cpu").cross_ids(words, words.flip(0), seed) for seed in (1, 2)]
     assert not set(hashes[0].tolist()) & set(hashes[1].tolist())
     config = Config(data=DataConfig(categorical=("a", "b")), seed=5)
     assert config.data.seed == 5
@@ -191,7 +191,7 @@ def siphash13_by_the_paper(data: bytes, seed: int) -> int:
 @given(st.binary(max_size=40), st.integers(0, 2**63 - 1))
 def test_texts_are_hashed_by_siphash(text: bytes, seed: int) -> None:
     content = torch.tensor(list(text), dtype=torch.uint8)
-    found = ops().hash_strings(torch.tensor([0, len(text)]), content, seed)
+    found = ops("cpu").hash_strings(torch.tensor([0, len(text)]), content, seed)
     assert int(found[0]) == signed(siphash13_by_the_paper(text, seed))
 
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/hash.h"
+#include "core/layout.h"
 
 namespace fiited {
 
@@ -96,6 +97,22 @@ FIITED_HD int width_of(float importance, const float* cuts, int chunks) {
   int width = 0;
   while (width < chunks && importance > cuts[width]) ++width;
   return width;
+}
+
+// What a row's lookups of one step add to its importance: `count` of them, `norm` of their summed gradient.
+FIITED_HD float gain_of(Importance kind, int32_t count, float norm, float lookup_norm) {
+  switch (kind) {
+    case Importance::kFrequencyTimesNorm: return static_cast<float>(count) * norm;
+    case Importance::kNorm: return norm;
+    case Importance::kLookupNormSum: return lookup_norm;
+    case Importance::kFrequency: return static_cast<float>(count);
+  }
+  return 0;
+}
+
+// Whether a key that is worth a row is among the share `quota` (of 2^32) that is let in at this step.
+FIITED_HD bool let_in(uint64_t key, int64_t step, uint64_t quota) {
+  return (mix64(key + kGolden * static_cast<uint64_t>(step)) >> 32) < quota;
 }
 
 // Sign with which dimension `dim` of a gradient is added into the folded form of the missing dimensions.

@@ -15,6 +15,23 @@ namespace fiited {
 
 constexpr int64_t kTileRows = 64;  // batch rows that are pooled together
 
+// Items begin..end-1 summed as kSummedTogether says: add(item, to) adds one; `to` has room for `size` numbers at each of its levels.
+template <class Real, class Add>
+void sum_in_groups(int64_t begin, int64_t end, int size, Real* to, Add&& add) {
+  std::fill_n(to, size, Real(0));
+  int64_t group = 1;
+  while (end - begin > group * kSummedTogether) group *= kSummedTogether;
+  if (group == 1) {
+    for (int64_t item = begin; item < end; ++item) add(item, to);
+    return;
+  }
+  for (int64_t first = begin; first < end; first += group) {
+    sum_in_groups(first, std::min(end, first + group), size, to + size, add);
+    fiited::add(size, to + size, to);
+  }
+}
+constexpr int kSumLevels = 7;  // 32^7 is above 2^31
+
 // A row's live dimensions in storage type, to be read as floats.
 template <class Store>
 struct StoredVector {
@@ -108,7 +125,7 @@ class BagGradients {
 
   void start(int64_t row) const { fetch(starts_[row], (starts_[row] / ahead_ + 2) * ahead_); }
 
-  // The sum, in `scratch` [dim] or wherever it already stands.
+  // The sum, in `scratch` [kSumLevels * dim] or wherever it already stands.
   const Real* sum(int64_t row, int width, Real* scratch) const {
     const int live = width * chunk_;
     const bool folds = fold_ && live < dim_;
@@ -124,12 +141,12 @@ class BagGradients {
       fetch_after(begin);
       sum = gradient(begin);
     } else {
-      std::fill_n(scratch, wanted, Real(0));
-      for_each_lookup(row, [&](Real factor, const Real* g) {
+      sum_in_groups(begin, end, wanted, scratch, [&](int64_t at, Real* to) {
+        fetch_after(static_cast<int32_t>(at));
         if (factors_) {
-          add_scaled(wanted, factor, g, scratch);
+          add_scaled(wanted, factors_[at], gradient(static_cast<int32_t>(at)), to);
         } else {
-          add(wanted, g, scratch);
+          add(wanted, gradient(static_cast<int32_t>(at)), to);
         }
       });
     }
@@ -203,11 +220,10 @@ class WireGradients {
       return gradient(begin);
     }
     const auto size = static_cast<int>(gradient_size(width, chunk_, chunks_));
-    std::fill_n(scratch, size, 0.0f);
-    for (int32_t at = begin; at < end; ++at) {
-      fetch_after(at);
-      add(size, gradient(at), scratch);
-    }
+    sum_in_groups(begin, end, size, scratch, [&](int64_t at, float* to) {
+      fetch_after(static_cast<int32_t>(at));
+      add(size, gradient(static_cast<int32_t>(at)), to);
+    });
     return scratch;
   }
 

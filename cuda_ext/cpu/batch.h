@@ -6,19 +6,12 @@
 #include <memory>
 #include <utility>
 
+#include "core/batch.h"
 #include "cpu/parallel.h"
 
 namespace fiited {
 
 constexpr int64_t kGroupedPerTask = 16384;
-
-struct Deduped {
-  int64_t unique;
-  int64_t* keys;     // [N] capacity; `unique` are written
-  int32_t* tables;   // [N]
-  int32_t* counts;   // [N] lookups of each unique key
-  int32_t* inverse;  // [N] position among the unique ones
-};
 
 // Raw ids, feature by feature, to unique keys ordered by owner, table and first occurrence.
 // `splits` [workers] receives how many belong to each. Throws when there are 2^31 ids or more.
@@ -55,25 +48,6 @@ std::unique_ptr<int32_t[]> group_by_row(int64_t n, const int32_t* inverse, int64
   starts[0] = 0;
   return starts;
 }
-
-// Shape of a pooled lookup. Bag (f, b) is lookups offsets[f * batch + b] up to offsets[f * batch + b + 1].
-struct Bags {
-  int64_t features;
-  int64_t batch;
-  const int64_t* offsets;  // [features * batch + 1]
-  const int32_t* inverse;  // [N] row of each lookup
-  const void* weights;     // [N] in the values' type, or null
-  bool mean;               // divide each bag by its number of lookups
-  int chunk;
-  int chunks;
-
-  int64_t lookups() const { return offsets[features * batch]; }
-  int dim() const { return chunk * chunks; }
-};
-
-// Wire layout of a gradient at width w of k chunks: w*chunk values, and behind them, while w < k, the missing chunks folded
-// into one with fixed random signs (additive over workers; its norm estimates theirs, exactly when one chunk is missing).
-inline int64_t gradient_size(int width, int chunk, int chunks) { return static_cast<int64_t>(width < chunks ? width + 1 : chunks) * chunk; }
 
 // values: rows of widths[u] * chunk floats one behind the other, starting at starts[u]; out [batch, features, chunks * chunk].
 template <class Real>

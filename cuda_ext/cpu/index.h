@@ -1,6 +1,5 @@
-// The index: from key to row address. Open addressing in cache lines of twelve slots, each a one-byte tag and a four-byte
-// address; the key itself stands in the row. A line counts the entries that had to go past it, so a miss ends at the first
-// line nobody passed (as in F14). Growth is by partition, a sixteenth at a time: no pause, no second copy of the index.
+// The index: from key to row address. Open addressing in the lines of core/line.h. Growth is by partition, a sixteenth at a time: no
+// pause, no second copy of the index.
 #pragma once
 
 #include <algorithm>
@@ -10,29 +9,13 @@
 #include <string>
 #include <vector>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
-#include "core/hash.h"
+#include "core/line.h"
 #include "cpu/memory.h"
 
 namespace fiited {
 
-constexpr uint32_t kAbsent = 0xFFFFFFFFu;
-
 class Index {
  public:
-  static constexpr int kSlots = 12;
-  static constexpr double kFullest = 0.875;
-
-  struct alignas(64) Line {
-    uint8_t tag[kSlots];  // 0: free
-    uint32_t passed;      // entries that found this line full and went on
-    uint32_t address[kSlots];
-  };
-  static_assert(sizeof(Line) == 64, "A line must be one cache line.");
-
   Index(Memory& memory, int partitions_log2) : memory_(memory), shift_(10 - partitions_log2) {
     parts_.resize(size_t{1} << partitions_log2);
   }
@@ -52,7 +35,7 @@ class Index {
 
   [[gnu::always_inline]] void prefetch(uint64_t key) const {
     const Part& part = part_of(key);
-    if (part.lines != nullptr) __builtin_prefetch(part.lines + home(part, key));
+    if (part.lines != nullptr) __builtin_prefetch(part.lines + home_line(part.size, key));
   }
 
   // The first address whose tag fits; the caller compares the row's key. kAbsent: the key is not here.
@@ -63,28 +46,15 @@ class Index {
   // `same(address)` says whether that row has the key (and table) looked for.
   template <class Same>
   uint32_t find(uint64_t key, Same&& same) const {
-    const Part& part = part_of(key);
-    if (part.count == 0) return kAbsent;
-    const uint8_t tag = tag_of(key);
-    uint32_t at = home(part, key);
-    for (uint32_t tried = 0; tried < part.size; ++tried) {
-      const Line& line = part.lines[at];
-      for (uint32_t found = matches(line, tag); found; found &= found - 1) {
-        const uint32_t address = line.address[std::countr_zero(found)];
-        if (same(address)) return address;
-      }
-      if (line.passed == 0) return kAbsent;
-      if (++at == part.size) at = 0;
-    }
-    return kAbsent;
+    return find_in(part_of(key), key, same);
   }
 
   // The key must not be in the index. False when there is no memory for it. `key_at(address)` reads a row's key.
   template <class KeyAt>
   bool insert(uint64_t key, uint32_t address, KeyAt&& key_at) {
     Part& part = part_of(key);
-    if (part.count + 1 > capacity(part.size)) {
-      if (!rebuild(part, part.size + std::max<uint32_t>(1, part.size / 16), key_at)) return false;
+    if (part.count + 1 > line_capacity(part.size)) {
+      if (!rebuild(part, grown_lines(part.size, part.count + 1), key_at)) return false;
     }
     place(part, key, address);
     ++part.count;
@@ -93,7 +63,7 @@ class Index {
 
   void erase(uint64_t key, uint32_t address) {
     Part& part = part_of(key);
-    const uint32_t first = home(part, key);
+    const uint32_t first = home_line(part.size, key);
     const Slot slot = slot_of(part, key, address);
     for (uint32_t at = first; at != slot.line; at = at + 1 == part.size ? 0 : at + 1) --part.lines[at].passed;
     part.lines[slot.line].tag[slot.slot] = 0;
@@ -121,9 +91,9 @@ class Index {
           if (!holds(address))
             throw std::runtime_error("check: an entry of the index leads to address " + std::to_string(address) + ", where no row is");
           const uint64_t key = key_at(address);
-          if (&part_of(key) != &part || tag_of(key) != part.lines[at].tag[slot])
+          if (&part_of(key) != &part || line_tag(key) != part.lines[at].tag[slot])
             throw std::runtime_error("check: the index's entry for " + name(address) + " is not that of its key");
-          for (uint32_t on = home(part, key); on != at; on = on + 1 == part.size ? 0 : on + 1) ++passed[on];
+          for (uint32_t on = home_line(part.size, key); on != at; on = on + 1 == part.size ? 0 : on + 1) ++passed[on];
           ++count;
         }
       }
@@ -146,70 +116,30 @@ class Index {
   template <class KeyAt>
   void shrink(KeyAt&& key_at) {
     for (Part& part : parts_) {
-      const auto wanted = static_cast<uint32_t>(static_cast<double>(part.count) / (kSlots * kFullest)) + (part.count ? 1 : 0);
-      if (part.count == 0) {
+      const uint32_t wanted = shrunk_lines(part.size, part.count);
+      if (wanted == 0) {
         release(part);
-      } else if (wanted + std::max<uint32_t>(1, wanted / 16) < part.size) {
+      } else if (wanted < part.size) {
         rebuild(part, wanted, key_at);
       }
     }
   }
 
  private:
-  struct Part {
-    Line* lines = nullptr;
-    uint32_t size = 0;   // lines
-    uint32_t count = 0;  // entries
-  };
-  struct Slot {
-    uint32_t line;
-    int slot;
-  };
-
   Part& part_of(uint64_t key) { return parts_[partition_bits(key) >> shift_]; }
   const Part& part_of(uint64_t key) const { return parts_[partition_bits(key) >> shift_]; }
-  static uint32_t home(const Part& part, uint64_t key) { return reduce_range(static_cast<uint32_t>(key), part.size); }
-  static uint8_t tag_of(uint64_t key) {
-    const auto tag = static_cast<uint8_t>(key >> 36);
-    return tag ? tag : 1;
-  }
-  static uint32_t capacity(uint32_t lines) { return static_cast<uint32_t>(lines * (kSlots * kFullest)); }
-
-  static uint32_t matches(const Line& line, uint8_t tag) {
-#if defined(__SSE2__)
-    const __m128i tags = _mm_load_si128(reinterpret_cast<const __m128i*>(line.tag));
-    return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(tags, _mm_set1_epi8(static_cast<char>(tag))))) & 0xFFFu;
-#else
-    uint32_t found = 0;
-    for (int slot = 0; slot < kSlots; ++slot) found |= static_cast<uint32_t>(line.tag[slot] == tag) << slot;
-    return found;
-#endif
-  }
 
   static void place(Part& part, uint64_t key, uint32_t address) {
-    uint32_t at = home(part, key);
+    uint32_t at = home_line(part.size, key);
     while (true) {
       Line& line = part.lines[at];
-      if (const uint32_t open = matches(line, 0)) {
+      if (const uint32_t open = matching_slots(line, 0)) {
         const int slot = std::countr_zero(open);
-        line.tag[slot] = tag_of(key);
+        line.tag[slot] = line_tag(key);
         line.address[slot] = address;
         return;
       }
       ++line.passed;
-      if (++at == part.size) at = 0;
-    }
-  }
-
-  static Slot slot_of(const Part& part, uint64_t key, uint32_t address) {
-    const uint8_t tag = tag_of(key);
-    uint32_t at = home(part, key);
-    while (true) {
-      const Line& line = part.lines[at];
-      for (uint32_t found = matches(line, tag); found; found &= found - 1) {
-        const int slot = std::countr_zero(found);
-        if (line.address[slot] == address) return {at, slot};
-      }
       if (++at == part.size) at = 0;
     }
   }

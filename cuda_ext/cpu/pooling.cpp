@@ -28,7 +28,7 @@ void pool_backward(const Bags& bags, const Real* grad_out, int64_t rows, const i
                    Real* grad_values) {
   const BagGradients<Real> gradients(bags, grad_out, rows, fold);
   for_each_range(rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
-    std::vector<Real> scratch(bags.dim());
+    std::vector<Real> scratch(kSumLevels * bags.dim());
     gradients.start(begin);
     for (int64_t row = begin; row < end; ++row) {
       const Real* sum = gradients.sum(row, widths[row], scratch.data());

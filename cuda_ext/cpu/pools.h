@@ -1,8 +1,6 @@
 // The rows: one pool for each width, each a dense array in a region of its own. A row that leaves is replaced by the pool's
 // last row, so a pool has no holes: no free lists, no compaction, and free space in the last granule only. Growing takes a
 // granule and copies nothing; the last one is given back when it empties.
-//
-// Row:  key 8 | importance 4 | table 2 | mark 2 | vector width*chunk*value_bytes, padded to 4 | optimizer state
 #pragma once
 
 #include <algorithm>
@@ -12,54 +10,18 @@
 #include <memory>
 #include <vector>
 
+#include "core/layout.h"
 #include "cpu/floats.h"
-#include "cpu/index.h"
 #include "cpu/memory.h"
 
 namespace fiited {
 
-enum class Optimizer : int { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2, kAdam = 3 };
-
-enum class Mark : uint16_t { kSaved = 0, kChanged = 1, kPlaced = 2 };  // since the last save; kPlaced: by a load that is not over
-
-struct __attribute__((packed, aligned(4))) RowHeader {
-  uint64_t key;
-  float importance;  // scaled: true importance times the shard's present scale
-  uint16_t table;
-  Mark mark;
-};
-static_assert(sizeof(RowHeader) == 16, "The header is counted as 16 bytes of metadata.");
-
-// Sizes in bytes that follow from the configuration alone; the planner uses the same ones.
-struct RowLayout {
-  int chunk;
-  int chunks;
-  int value_bytes;
-  Optimizer optimizer;
-
-  int vector_bytes(int width) const { return width * chunk * value_bytes; }
-  int state_offset(int width) const { return static_cast<int>(sizeof(RowHeader)) + ((vector_bytes(width) + 3) & ~3); }
-  int state_bytes(int width) const {
-    switch (optimizer) {
-      case Optimizer::kSgd: return 0;
-      case Optimizer::kRowwiseAdagrad: return 4;
-      case Optimizer::kAdagrad: return width * chunk * 4;
-      case Optimizer::kAdam: return width * chunk * 8;
-    }
-    return 0;
-  }
-  int stride(int width) const { return state_offset(width) + state_bytes(width); }
-};
-
 class Pools {
  public:
-  Pools(Memory& memory, RowLayout layout, size_t granule) : layout_(layout) {
-    int width_bits = 0;
-    while ((1 << width_bits) < layout.chunks) ++width_bits;
-    position_bits_ = 32 - width_bits;
+  Pools(Memory& memory, RowLayout layout, size_t granule) : addresses_(addresses_of(layout.chunks)) {
     for (int width = 1; width <= layout.chunks; ++width) {
       const auto stride = static_cast<size_t>(layout.stride(width));
-      const size_t most = std::min((size_t{1} << position_bits_) * stride, Region::physical_bytes());
+      const size_t most = std::min((size_t{1} << addresses_.position_bits) * stride, Region::physical_bytes());
       regions_.push_back(std::make_unique<Region>(memory, most, granule));
       pools_.push_back({regions_.back()->begin(), static_cast<uint32_t>(stride), 0});
     }
@@ -67,14 +29,14 @@ class Pools {
 
   // Whether a row stands at this address now.
   bool holds(uint32_t address) const {
-    const uint64_t number = uint64_t{address} >> position_bits_;
-    return number < pools_.size() && (address & position_mask()) < pools_[number].count;
+    const uint64_t number = uint64_t{address} >> addresses_.position_bits;
+    return number < pools_.size() && (addresses_.position(address)) < pools_[number].count;
   }
-  int width(uint32_t address) const { return static_cast<int>(uint64_t{address} >> position_bits_) + 1; }
+  int width(uint32_t address) const { return addresses_.width(address); }
 
   std::byte* row(uint32_t address) const {
-    const Pool& pool = pools_[uint64_t{address} >> position_bits_];
-    return pool.rows + size_t{address & position_mask()} * pool.stride;
+    const Pool& pool = pools_[uint64_t{address} >> addresses_.position_bits];
+    return pool.rows + size_t{addresses_.position(address)} * pool.stride;
   }
   RowHeader& header(uint32_t address) const { return *reinterpret_cast<RowHeader*>(row(address)); }
 
@@ -83,14 +45,14 @@ class Pools {
     if (address != kAbsent) prefetch(row(address), sizeof(RowHeader));
   }
   [[gnu::always_inline]] void prefetch_row(uint32_t address) const {
-    if (address != kAbsent) prefetch(row(address), pools_[uint64_t{address} >> position_bits_].stride);
+    if (address != kAbsent) prefetch(row(address), pools_[uint64_t{address} >> addresses_.position_bits].stride);
   }
 
   // Address of a new row of this width, contents undefined; kAbsent when there is no memory.
   uint32_t append(int width) {
     Pool& pool = pools_[width - 1];
     Region& region = *regions_[width - 1];
-    if (pool.count >= position_mask()) return kAbsent;
+    if (pool.count >= addresses_.mask()) return kAbsent;
     while ((size_t{pool.count} + 1) * pool.stride > region.taken()) {
       if (!region.grow()) return kAbsent;
     }
@@ -111,7 +73,7 @@ class Pools {
   // Makes `rows` rows of this width, contents undefined; false when there is no memory. The pool must be empty.
   bool reserve(int width, int64_t rows) {
     Pool& pool = pools_[width - 1];
-    if (rows > position_mask()) return false;
+    if (rows > addresses_.mask()) return false;
     while (static_cast<size_t>(rows) * pool.stride > regions_[width - 1]->taken()) {
       if (!regions_[width - 1]->grow()) return false;
     }
@@ -121,9 +83,7 @@ class Pools {
   }
 
   uint32_t count(int width) const { return pools_[width - 1].count; }
-  uint32_t address_of(int width, uint32_t position) const {
-    return static_cast<uint32_t>(uint64_t{static_cast<uint32_t>(width - 1)} << position_bits_) | position;
-  }
+  uint32_t address_of(int width, uint32_t position) const { return addresses_.of(width, position); }
 
   // Bytes of partly filled granules at worst: one for each width, one more while a row moves between pools, and that row.
   static int64_t partial_bytes(const RowLayout& layout, size_t granule) {
@@ -136,10 +96,7 @@ class Pools {
     uint32_t stride;
     uint32_t count;
   };
-  uint32_t position_mask() const { return static_cast<uint32_t>((uint64_t{1} << position_bits_) - 1); }
-
-  RowLayout layout_;
-  int position_bits_;
+  Addresses addresses_;
   std::vector<std::unique_ptr<Region>> regions_;
   std::vector<Pool> pools_;
 };

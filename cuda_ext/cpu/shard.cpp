@@ -6,9 +6,14 @@
 #include <cmath>
 #include <numeric>
 
+#include "core/importance.h"
 #include "cpu/bags.h"
 #include "cpu/distinct.h"
+#include "cpu/index.h"
+#include "cpu/memory.h"
 #include "cpu/optimizers.h"
+#include "cpu/pools.h"
+#include "cpu/sketch.h"
 
 namespace fiited {
 
@@ -16,35 +21,29 @@ namespace {
 
 constexpr int64_t kKeysPerTask = 2048;
 constexpr uint32_t kRoundBlock = 16;  // rows of a round that are decided together, before the first of them moves
-constexpr int kLowerAt = 16;          // octaves of decay after which all importances are scaled down
 constexpr uint64_t kAllKeys = 1ull << 32;
 
-int64_t counter_bytes(const ShardConfig& config) {
-  return int64_t{DistinctCounter::kPerBucket} * config.buckets() + int64_t{8} * config.tables * config.chunks;
-}
-
-int64_t sketch_bytes(const ShardConfig& config) { return Sketch::kSetBytes * config.sketch_sets * config.buckets(); }
-
 template <class Store>
-class ShardOf final : public Shard {
+class ShardOf final : public CpuShard {
  public:
   explicit ShardOf(const ShardConfig& config)
-      : Shard(config),
+      : CpuShard(config),
         layout_(config.layout()),
         index_(memory_, config.partitions_log2()),
         pools_(memory_, layout_, config.granule()),
-        cells_(static_cast<uint16_t*>(memory_.take(sketch_bytes(config)))),
+        cells_(static_cast<uint16_t*>(memory_.take(config.sketch_bytes()))),
         sketch_(cells_, config.first_bucket, config.sketch_sets),
         distinct_(config.first_bucket, config.buckets()),
-        rows_by_(static_cast<size_t>(config.tables) * config.chunks, 0) {
-    if (cells_ == nullptr) throw std::runtime_error("no memory for the sketch of " + std::to_string(sketch_bytes(config)) + " bytes");
+        rows_by_(static_cast<size_t>(config.tables) * config.chunks, 0),
+        decay_(config.decay) {
+    if (cells_ == nullptr) throw std::runtime_error("no memory for the sketch of " + std::to_string(config.sketch_bytes()) + " bytes");
     for (int table = 0; table < config.tables; ++table) salts_.push_back(table_salt(config.seed, table));
     for (int width = 0; width <= config.chunks; ++width) row_bytes_.push_back(width ? config.row_bytes(width) : 0);
     planned_ = config.fixed_bytes();
     set_limit(config.limit_bytes);
     set_cuts();
   }
-  ~ShardOf() override { memory_.give(cells_, sketch_bytes(config_)); }
+  ~ShardOf() override { memory_.give(cells_, config_.sketch_bytes()); }
 
   void set_limit(int64_t bytes) override {
     limit_ = bytes > 0 ? bytes : Memory::kUnlimited;
@@ -90,6 +89,7 @@ class ShardOf final : public Shard {
     lookups_ += lookups;
     hits_ += hits;
     if (!training || threshold_ != 0.0) return;
+    full_ = false;
     for (int64_t i = 0; i < n; ++i) {
       if (addresses[i] != kAbsent) continue;
       addresses[i] = ask(keys[i], static_cast<uint16_t>(tables[i]), layout_.chunks, 0.0f, step, quota);
@@ -138,7 +138,7 @@ class ShardOf final : public Shard {
     std::fill(out, out + 2 * kImportanceBins, 0);
     for (int width = 1; width <= layout_.chunks; ++width) {
       for (uint32_t at = 0; at < pools_.count(width); ++at) {
-        const int bin = importance_bin(pools_.header(pools_.address_of(width, at)).importance * unscale_);
+        const int bin = importance_bin(pools_.header(pools_.address_of(width, at)).importance * decay_.unscale());
         ++out[bin];
         out[kImportanceBins + bin] += row_bytes_[width];
       }
@@ -188,7 +188,7 @@ class ShardOf final : public Shard {
       row_total += count * layout_.stride(width);
     }
     s.index = index_.bytes() + row_headers;
-    s.sketch = static_cast<int64_t>(Memory::rounded(sketch_bytes(config_))) + counter_bytes(config_);
+    s.sketch = static_cast<int64_t>(Memory::rounded(config_.sketch_bytes())) + config_.counter_bytes();
     s.total = memory_.used() + uncounted_bytes();
     s.slack = s.total - s.payload - s.optimizer - s.index - s.sketch;
     s.planned = planned_;
@@ -234,7 +234,7 @@ class ShardOf final : public Shard {
       rows.raw_ids.push_back(static_cast<int64_t>(raw_id_of(header.key, salts_[header.table])));
       rows.tables.push_back(header.table);
       rows.widths.push_back(static_cast<uint8_t>(width));
-      rows.importance.push_back(header.importance * unscale_);
+      rows.importance.push_back(header.importance * decay_.unscale());
       rows.values.resize(rows.values.size() + width * layout_.chunk);
       read_vector(pools_.row(address), width * layout_.chunk, rows.values.data() + rows.values.size() - width * layout_.chunk);
       const auto* state = reinterpret_cast<const float*>(pools_.row(address) + layout_.state_offset(width));
@@ -297,7 +297,8 @@ class ShardOf final : public Shard {
   }
 
   ShardState state() const override {
-    return {step_, lowered_, sketch_.base(), lookups_, hits_, admitted_, refused_, resized_, evicted_, admitted_bytes_, asked_bytes_};
+    return {step_,    decay_.lowered(), sketch_.base(), lookups_,        hits_,       admitted_,
+            refused_, resized_,         evicted_,       admitted_bytes_, asked_bytes_};
   }
 
   uint16_t* sketch_cells() override { return cells_; }
@@ -305,7 +306,7 @@ class ShardOf final : public Shard {
 
   void restore(const ShardState& state, double threshold) override {
     require_no_rows("restore");
-    lowered_ = state.lowered;
+    decay_.restore(state.lowered);
     sketch_.set_base(static_cast<int>(state.base));
     threshold_ = threshold;
     advance(state.step);
@@ -491,7 +492,7 @@ class ShardOf final : public Shard {
       uint32_t last = pools_.count(width);
       for (uint32_t at = end; at-- > begin;) {
         const RowHeader& header = pools_.header(pools_.address_of(width, at));
-        wanted[at - begin] = width_of(header.importance * unscale_, cuts_.data(), layout_.chunks);
+        wanted[at - begin] = width_of(header.importance * decay_.unscale(), cuts_.data(), layout_.chunks);
         if (!changes(wanted[at - begin])) continue;
         index_.prefetch(header.key);
         if (wanted[at - begin] == 0) sketch_.prefetch(header.key);
@@ -503,7 +504,7 @@ class ShardOf final : public Shard {
   }
 
   // Small fixed parts that do not come from memory_.
-  int64_t uncounted_bytes() const { return Index::directory_bytes(config_.partitions_log2()) + counter_bytes(config_); }
+  int64_t uncounted_bytes() const { return Index::directory_bytes(config_.partitions_log2()) + config_.counter_bytes(); }
 
   bool is_row(uint32_t address, uint64_t key, uint16_t table) const {
     const RowHeader& header = pools_.header(address);
@@ -528,12 +529,17 @@ class ShardOf final : public Shard {
     }
   }
 
-  // A row for a key that is worth one, if the key is among the share that is let in at this step and there is room.
+  // A row for a key that is worth one, if the key is among the share that is let in at this step and there is room. After the first that
+  // finds none, no other gets in at this step, so that who does can be found by prefix sums.
   uint32_t ask(uint64_t key, uint16_t table, int width, float scaled_importance, int64_t step, uint64_t quota) {
     asked_bytes_ += row_bytes_[width];
-    if ((mix64(key + kGolden * static_cast<uint64_t>(step)) >> 32) < quota) return admit(key, table, width, scaled_importance);
-    ++refused_;
-    return kAbsent;
+    if (full_ || !let_in(key, step, quota)) {
+      ++refused_;
+      return kAbsent;
+    }
+    const uint32_t address = admit(key, table, width, scaled_importance);
+    full_ = address == kAbsent;
+    return address;
   }
 
   // A new row with initial values and clean state; kAbsent, and counted, when there is no room.
@@ -620,6 +626,7 @@ class ShardOf final : public Shard {
   // Checks that the rows are where their lookup found them.
   void start_update(const Update& rows) {
     quota_ = rows.quota;
+    full_ = false;
     if (config_.importance == Importance::kLookupNormSum && rows.lookup_norms == nullptr) {
       throw std::runtime_error("importance lookup_norm_sum needs the lookups' gradient norms");
     }
@@ -638,18 +645,12 @@ class ShardOf final : public Shard {
 
   template <Optimizer kind, class Gradients>
   void update_rows(const Update& rows, const Gradients& gradients) {
-    const StepConstants constants{static_cast<float>(rows.lr),
-                                  static_cast<float>(config_.eps),
-                                  static_cast<float>(config_.beta1),
-                                  static_cast<float>(config_.beta2),
-                                  static_cast<float>(1 - std::pow(config_.beta1, static_cast<double>(rows.step))),
-                                  static_cast<float>(1 - std::pow(config_.beta2, static_cast<double>(rows.step))),
-                                  rows.step};
+    const StepConstants constants = step_constants(rows.lr, config_.eps, config_.beta1, config_.beta2, rows.step);
     const std::unique_ptr<float[]> gains(new float[rows.n]);  // of importance, for the keys without a row
     std::atomic<int64_t> moved{rows.n};                       // the first row that is not where it was
     std::atomic<int64_t> infinite{rows.n};                    // the first row whose gradient is not finite
     for_each_range(rows.n, kKeysPerTask, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(layout_.chunks * layout_.chunk);
+      std::vector<float> scratch(kSumLevels * layout_.chunks * layout_.chunk);
       const int32_t ahead = ahead_of(layout_.stride(layout_.chunks));
       const auto fetch = [&](int64_t at) __attribute__((always_inline)) {
         for (int64_t i = at; i < std::min(end, at + ahead); ++i) pools_.prefetch_row(rows.addresses[i]);
@@ -673,7 +674,9 @@ class ShardOf final : public Shard {
           lower_to(infinite, i);
           continue;
         }
-        const float gain = weight(rows.counts[i], std::sqrt(squares), rows.lookup_norms ? rows.lookup_norms[i] : 0.0f) * scale_;
+        const float gain =
+            gain_of(config_.importance, rows.counts[i], std::sqrt(squares), rows.lookup_norms ? rows.lookup_norms[i] : 0.0f) *
+            decay_.scale();
         if (address == kAbsent) {
           gains[i] = gain;
           continue;
@@ -713,26 +716,13 @@ class ShardOf final : public Shard {
   void win_row(uint64_t key, uint16_t table, float gain, int64_t step) {
     if (threshold_ == 0.0) return;  // rows are then given out at lookup
     const float estimate = sketch_.add(key, gain, step);
-    const int width = width_of(estimate * unscale_ / static_cast<float>(config_.admission), cuts_.data(), layout_.chunks);
+    const int width = width_of(estimate * decay_.unscale() / static_cast<float>(config_.admission), cuts_.data(), layout_.chunks);
     if (width > 0 && ask(key, table, width, estimate, step, quota_) != kAbsent) sketch_.forget(key);
   }
 
-  float weight(int32_t count, float norm, float lookup_norm) const {
-    switch (config_.importance) {
-      case Importance::kFrequencyTimesNorm: return static_cast<float>(count) * norm;
-      case Importance::kNorm: return norm;
-      case Importance::kLookupNormSum: return lookup_norm;
-      case Importance::kFrequency: return static_cast<float>(count);
-    }
-    return 0;
-  }
-
-  // Decay without touching rows: new weight is added times a growing scale, and everything is scaled down now and then.
   void advance(int64_t step) {
     step_ = step;
-    double octaves = static_cast<double>(step) * -std::log2(config_.decay) - lowered_;
-    if (octaves > kLowerAt) {
-      const int by = static_cast<int>(octaves);
+    if (const int by = decay_.advance(step)) {
       const float factor = std::ldexp(1.0f, -by);
       for (int width = 1; width <= layout_.chunks; ++width) {
         for (uint32_t at = 0; at < pools_.count(width); ++at) {
@@ -742,22 +732,16 @@ class ShardOf final : public Shard {
         }
       }
       sketch_.lower(by);
-      lowered_ += by;
-      octaves -= by;
     }
-    scale_ = static_cast<float>(std::exp2(octaves));
-    unscale_ = 1.0f / scale_;
     aim_sketch();
   }
 
   void aim_sketch() {
-    if (threshold_ > 0.0) sketch_.aim(static_cast<float>(threshold_ * config_.admission) * scale_, config_.buckets());
+    if (threshold_ > 0.0) sketch_.aim(static_cast<float>(threshold_ * config_.admission) * decay_.scale(), config_.buckets());
   }
 
   void set_cuts() {
-    cuts_.clear();
-    for (const double level : config_.levels) cuts_.push_back(static_cast<float>(threshold_ * level));
-    if (threshold_ == 0.0) std::fill(cuts_.begin(), cuts_.end(), -1.0f);  // everything is worth keeping, unused rows too
+    cuts_ = cuts_of(threshold_, config_.levels);
     aim_sketch();
   }
 
@@ -774,41 +758,18 @@ class ShardOf final : public Shard {
   std::vector<float> cuts_;
   int64_t limit_ = 0;
   int64_t planned_ = 0;
-  float scale_ = 1;
-  float unscale_ = 1;
+  Decay decay_;
   int64_t step_ = 0;
-  int64_t lowered_ = 0;
   int64_t lookups_ = 0, hits_ = 0;
   int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0, asked_bytes_ = 0;
   uint64_t quota_ = kAllKeys;
+  bool full_ = false;
 };
 
 }  // namespace
 
-int ShardConfig::partitions_log2() const {
-  const int64_t rows = limit_bytes ? limit_bytes / (row_bytes(1)) : (int64_t{1} << 24);
-  int log2 = 4;
-  while (log2 < 10 && (rows >> (log2 + 1)) > 4096) ++log2;
-  return log2;
-}
-
-// Free space in all pools together is at most a hundredth of the limit.
-size_t ShardConfig::granule() const {
-  if (limit_bytes == 0) return Region::kHuge;
-  const auto most = static_cast<uint64_t>(limit_bytes / (100 * (chunks + 1)));
-  return std::clamp<size_t>(std::bit_floor(most), Memory::kPage, Region::kHuge);
-}
-
-int64_t ShardConfig::fixed_bytes() const {
-  const int64_t structure = Index::fixed_bytes(partitions_log2()) + Pools::partial_bytes(layout(), granule()) + counter_bytes(*this);
-  // A share of the limit, not what this shard's structure happens to need: the sum over shards is then the same for any number of them.
-  return std::max(structure, limit_bytes / 40) + static_cast<int64_t>(Memory::rounded(sketch_bytes(*this)));
-}
-
-std::shared_ptr<Shard> Shard::make(const ShardConfig& config) {
-  if (config.limit_bytes != 0 && config.limit_bytes < config.fixed_bytes() + config.row_bytes(config.chunks)) {
-    throw std::runtime_error("a shard needs at least " + std::to_string(config.fixed_bytes() + config.row_bytes(config.chunks)) + " bytes");
-  }
+std::shared_ptr<CpuShard> CpuShard::make(const ShardConfig& config) {
+  config.check_limit();
   switch (config.storage) {
     case Storage::kFloat32: return std::make_shared<ShardOf<Float32>>(config);
     case Storage::kBFloat16: return std::make_shared<ShardOf<BFloat16>>(config);

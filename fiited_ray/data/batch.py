@@ -38,6 +38,12 @@ class Batch:
     def rows(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch in a device's memory."""
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
+        dense, labels, ids, offsets = (part.to(device, non_blocking=True) for part in (self.dense, self.labels, self.ids, self.offsets))
+        return Batch(dense, labels, ids, offsets, weights)
+
     def validate(self, features: Sequence[str], dense: Sequence[str] = ()) -> None:
         """Check every promise of this class.
 

@@ -68,7 +68,7 @@ class Collator:
         for first, *rest in self.config.cross:
             crossed = scalar[first]
             for name in rest:
-                crossed = ops().cross_ids(crossed, scalar[name], self.key)
+                crossed = ops("cpu").cross_ids(crossed, scalar[name], self.key)
             features.append((crossed, None))
         ids = torch.cat([each for each, _ in features])
         labels = _labels(_array(table, self.config.label), self.config.label, where)
@@ -195,7 +195,7 @@ def _hash_strings(array: pa.Array, key: int) -> Tensor:
     content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8)
     content = content[starts[0] : starts[-1]]
     bytes_ = torch.frombuffer(content, dtype=torch.uint8) if content.size else torch.empty(0, dtype=torch.uint8)
-    hashed: Tensor = ops().hash_strings(torch.from_numpy(starts - starts[0]), bytes_, key)
+    hashed: Tensor = ops("cpu").hash_strings(torch.from_numpy(starts - starts[0]), bytes_, key)
     return hashed
 
 

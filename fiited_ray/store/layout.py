@@ -127,12 +127,9 @@ class ShardSpec:
 
         The bytes really taken never pass the fixed ones plus those of the rows.
         """
-        import torch
-
         from fiited_ray.store import _extension
 
-        _extension.load()
-        fixed, *row_bytes = torch.ops.fiited.store_plan(*self.numbers()).tolist()
+        fixed, *row_bytes = _extension.load("fiited").store_plan(*self.numbers()).tolist()
         return fixed, (0, *row_bytes)
 
     def numbers(self) -> tuple[list[int], list[float]]:

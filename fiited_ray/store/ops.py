@@ -11,6 +11,7 @@ and row u of `values` stands behind row u-1, `widths[u]` * c numbers long.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -42,41 +43,47 @@ class Bags(NamedTuple):
     chunks: int
 
 
-@cache
-def ops() -> Any:
-    """The operators, loaded and differentiable.
+def ops(device: str) -> Any:
+    """The operators of a type of device ("cpu", "cuda"), loaded and differentiable.
 
     Raises:
         ImportError: when the extension cannot be loaded.
     """
-    _extension.load()
-    torch.library.register_fake("fiited::pool", _pool_fake)
-    torch.library.register_fake("fiited::pool_backward", _pool_backward_fake)
-    torch.library.register_fake("fiited::pool_weights_backward", _pool_weights_backward_fake)
-    torch.library.register_autograd("fiited::pool", _pool_grad, setup_context=_pool_context)
-    return torch.ops.fiited
+    return _differentiable(_extension.NAMESPACES[device])
+
+
+@cache
+def _differentiable(namespace: str) -> Any:
+    loaded = _extension.load(namespace)
+    torch.library.register_fake(f"{namespace}::pool", _pool_fake)
+    torch.library.register_fake(f"{namespace}::pool_backward", _pool_backward_fake)
+    torch.library.register_fake(f"{namespace}::pool_weights_backward", _pool_weights_backward_fake)
+    torch.library.register_autograd(f"{namespace}::pool", _pool_grad(loaded), setup_context=_pool_context)
+    return loaded
 
 
 def dedup_ids(ids: Tensor, feature_ends: Tensor, feature_tables: Tensor, seed: int, workers: int) -> Deduped:
     """Keys of raw ids (int64 [N], feature by feature; feature f ends at feature_ends[f]), each once, with counts."""
-    return Deduped(*ops().dedup_ids(ids, feature_ends, feature_tables, (seed + 2**63) % 2**64 - 2**63, workers))
+    return Deduped(*ops(ids.device.type).dedup_ids(ids, feature_ends, feature_tables, (seed + 2**63) % 2**64 - 2**63, workers))
 
 
 def dedup_keys(keys: Tensor, tables: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge keys that several workers asked for; their counts are summed. Returns keys, tables, counts, inverse."""
-    merged: tuple[Tensor, Tensor, Tensor, Tensor] = ops().dedup_keys(keys, tables, counts)
+    merged: tuple[Tensor, Tensor, Tensor, Tensor] = ops(keys.device.type).dedup_keys(keys, tables, counts)
     return merged
 
 
 def pool(values: Tensor, widths: Tensor, bags: Bags) -> Tensor:
     """Pool rows into [B, F, D]; dimensions a row does not have count as zero. Differentiable in values and weights."""
-    pooled: Tensor = ops().pool(values, widths, bags.inverse, bags.offsets, bags.weights, bags.features, bags.mean, bags.chunk, bags.chunks)
+    pooled: Tensor = ops(values.device.type).pool(
+        values, widths, bags.inverse, bags.offsets, bags.weights, bags.features, bags.mean, bags.chunk, bags.chunks
+    )
     return pooled
 
 
 def wire_gradients(grad_pooled: Tensor, widths: Tensor, bags: Bags) -> Tensor:
     """Gradient of each row in the form that travels: the live dimensions, then the missing chunks folded into one."""
-    folded: Tensor = ops().pool_backward(
+    folded: Tensor = ops(grad_pooled.device.type).pool_backward(
         grad_pooled, widths, bags.inverse, bags.offsets, bags.weights, bags.features, bags.mean, bags.chunk, bags.chunks, True
     )
     return folded
@@ -84,7 +91,7 @@ def wire_gradients(grad_pooled: Tensor, widths: Tensor, bags: Bags) -> Tensor:
 
 def lookup_norms(grad_pooled: Tensor, rows: int, bags: Bags) -> Tensor:
     """float32 [rows]: the sum of the norms of each lookup's own full-width gradient."""
-    norms: Tensor = ops().lookup_norms(
+    norms: Tensor = ops(grad_pooled.device.type).lookup_norms(
         grad_pooled, rows, bags.inverse, bags.offsets, bags.weights, bags.features, bags.mean, bags.chunk * bags.chunks
     )
     return norms
@@ -100,16 +107,19 @@ def _pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(values, widths, inverse, offsets, weights)
 
 
-def _pool_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, widths, inverse, offsets, weights = ctx.saved_tensors
-    features, mean, chunk, chunks = ctx.shape
-    grad = grad.contiguous()
-    grad_values = grad_weights = None
-    if ctx.needs_input_grad[0]:
-        grad_values = torch.ops.fiited.pool_backward(grad, widths, inverse, offsets, weights, features, mean, chunk, chunks, False)
-    if weights is not None and ctx.needs_input_grad[4]:
-        grad_weights = torch.ops.fiited.pool_weights_backward(grad, values, widths, inverse, offsets, features, mean, chunk, chunks)
-    return grad_values, None, None, None, grad_weights, None, None, None, None
+def _pool_grad(of: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, widths, inverse, offsets, weights = ctx.saved_tensors
+        features, mean, chunk, chunks = ctx.shape
+        grad = grad.contiguous()
+        grad_values = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_values = of.pool_backward(grad, widths, inverse, offsets, weights, features, mean, chunk, chunks, False)
+        if weights is not None and ctx.needs_input_grad[4]:
+            grad_weights = of.pool_weights_backward(grad, values, widths, inverse, offsets, features, mean, chunk, chunks)
+        return grad_values, None, None, None, grad_weights, None, None, None, None
+
+    return backward
 
 
 def _pool_fake(

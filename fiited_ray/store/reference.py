@@ -156,6 +156,7 @@ class ReferenceShard:
         self.lookups = self.hits = self.admitted = self.refused = self.resized = self.evicted = 0
         self._scale = F32(1)
         self._lowered = 0
+        self._full = False  # a row found no room at this step: no other gets in
 
     def lookup(
         self,
@@ -168,6 +169,7 @@ class ReferenceShard:
         quota: int = ALL_KEYS,
     ) -> Lookup:
         widths = []
+        self._full = False
         for key, table, count in self._ids(keys, tables, counts):
             row = self.rows.get((key, table))
             if training:
@@ -203,6 +205,7 @@ class ReferenceShard:
         target: Tensor | None = None,
     ) -> None:
         self._advance(step)
+        self._full = False
         flat, at = self._summed(found, gradients, target).numpy(), 0
         for number, (key, table, count) in enumerate(self._ids(found.keys, found.tables, found.counts)):
             width = int(found.widths[number])
@@ -276,10 +279,12 @@ class ReferenceShard:
         return sum(bool(importance > F32(self.threshold * level)) for level in self.spec.levels)
 
     def _ask(self, key: int, table: int, width: int, scaled: np.float32, step: int, quota: int) -> _Row | None:
-        if (mix64((key + _GOLDEN * step) & _MASK) >> 32) < quota:
-            return self._admit(key, table, width, scaled)
-        self.refused += 1
-        return None
+        if self._full or (mix64((key + _GOLDEN * step) & _MASK) >> 32) >= quota:
+            self.refused += 1
+            return None
+        row = self._admit(key, table, width, scaled)
+        self._full = row is None
+        return row
 
     def _admit(self, key: int, table: int, width: int, scaled: np.float32) -> _Row | None:
         if self.limit is not None and self.planned + self.row_bytes[width] > self.limit:

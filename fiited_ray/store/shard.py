@@ -6,12 +6,13 @@ Shapes: N lookups, U distinct keys, k chunks of c dimensions, D = k * c.
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from fiited_ray.store import _extension
+from fiited_ray.store import ops
 from fiited_ray.store.layout import ShardSpec
 from fiited_ray.store.ops import Bags
 
@@ -19,12 +20,14 @@ ALL_KEYS = 1 << 32  # a quota of this many of 2**32 admits every key
 
 
 def backends() -> tuple[str, ...]:
-    """Devices the compiled store runs on here; empty when it was not built."""
-    try:
-        _extension.load()
-    except ImportError:
-        return ()
-    return ("cpu",)
+    """Devices the compiled store runs on here: "cpu", "cuda"; empty when it was not built."""
+    there = []
+    for device in ("cpu", "cuda"):
+        with suppress(ImportError):
+            if device == "cpu" or torch.cuda.is_available():
+                ops.ops(device)
+                there.append(device)
+    return tuple(there)
 
 
 @dataclass(frozen=True)
@@ -80,21 +83,26 @@ class Rows:
 
 
 class VhpiShard:
-    """One worker's store on the CPU.
+    """One worker's store, in the memory of the CPU or of a GPU.
 
     Args:
         spec: configuration; its buckets say which keys belong here.
+        device: where rows are kept. Tensors given to the store, and those it answers with, are on that device, but for those of
+            `histogram`, `rows_by_width` and `export_rows`, which are the CPU's. Saving and loading (`changed` to `seal`) are built for
+            the CPU only.
 
     Raises:
+        ImportError: when the store was not built for this device.
         RuntimeError: when the byte limit does not hold the fixed parts.
     """
 
-    def __init__(self, spec: ShardSpec) -> None:
-        _extension.load()
+    def __init__(self, spec: ShardSpec, device: torch.device | str = "cpu") -> None:
         self.spec = spec
+        self.device = torch.device(device)
         self.threshold = 0.0
-        self._ops = torch.ops.fiited
-        self._handle: int = self._ops.store_create(*spec.numbers())
+        self._ops = ops.ops(self.device.type)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            self._handle: int = self._ops.store_create(*spec.numbers())
         weakref.finalize(self, self._ops.store_destroy, self._handle)
 
     def lookup(

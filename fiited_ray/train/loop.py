@@ -81,7 +81,8 @@ class Worker:
         config = self.config
         torch.manual_seed(config.seed)
         self.spec = ShardSpec.of(config, self.budget_bytes, self.exchange.rank, self.exchange.workers)
-        self.shard = VhpiShard(self.spec)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
+        self.shard = VhpiShard(self.spec, self.device)
         self.times = PhaseTimes()
         self.times_ahead = PhaseTimes()  # of the thread that routes the next batch
         self.exchange_ahead = self.exchange.another() if config.train.overlap else self.exchange
@@ -97,6 +98,7 @@ class Worker:
             skip_not_finite=config.train.not_finite == "skip",
         )
         self.dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
+        self.dense.to(self.device)
         self.model: nn.Module = DistributedDataParallel(self.dense) if self.exchange.workers > 1 else self.dense
         self.optimizer = dense_optimizer(config, self.model)
         self.schedule = RoundSchedule(config.policy)
@@ -274,6 +276,7 @@ def evaluate(worker: Worker, batches: Iterable[Batch]) -> dict[str, float]:
     with torch.no_grad():
         for batch in batches:
             batch.validate(worker.config.data.features, worker.config.data.dense)
+            batch = batch.to(worker.device)
             metrics.update(worker.dense(batch.dense, worker.embedding(batch)), batch.labels)
             worker.beat()
     return _shared(worker, metrics)
@@ -355,8 +358,11 @@ def _route_each(worker: Worker, batches: Iterable[Batch], times: PhaseTimes) -> 
     for batch in _timed(batches, times, "data"):
         with times.phase("route"):
             batch.validate(worker.config.data.features, worker.config.data.dense)
+            # Made ahead, a route is the CPU's work, beside the device's and without its collectives, which two threads must not mix.
+            if not worker.config.train.overlap:
+                batch = batch.to(worker.device)
             route = worker.embedding.route(batch, worker.exchange_ahead)
-        yield batch, route
+        yield batch.to(worker.device), route.to(worker.device)
 
 
 def _timed(items: Iterable[Item], times: PhaseTimes, phase: str) -> Iterator[Item]:

@@ -37,7 +37,7 @@ class BinaryMetrics:
         Raises:
             ValueError: for a logit that is NaN or infinite.
         """
-        logits, labels = logits.detach().float(), labels.float()
+        logits, labels = logits.detach().float().cpu(), labels.float().cpu()
         wrong = (~torch.isfinite(logits)).nonzero()
         if len(wrong):
             row = int(wrong[0])

@@ -46,7 +46,7 @@ def make_plan(config: Config, ids_by_table: list[int] | None = None) -> Plan:
         ConfigError: for a budget below the smallest possible one, a device that is not supported, or no place to write the run to.
     """
     if config.train.use_gpu:
-        raise ConfigError("train.use_gpu: this build has the CPU store only; set it to false")
+        raise ConfigError("train.use_gpu: the GPU's store cannot be saved yet, so a run would end without its model; set it to false")
     files = check_files(config.data.train, config.data)
     test_files = check_files(config.data.test, config.data, "data.test") if config.data.test else None
     if test_files is None and not config.train.progressive:

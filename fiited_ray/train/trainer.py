@@ -27,6 +27,7 @@ from fiited_ray.data.reader import data_config
 from fiited_ray.exchange import make_exchange
 from fiited_ray.logs import log_folder, logging_as
 from fiited_ray.run_writer import RunWriter
+from fiited_ray.store import backends
 from fiited_ray.summary import summary
 from fiited_ray.tracked_data import inputs_of
 from fiited_ray.tracked_model import log_model
@@ -84,6 +85,8 @@ def run(
     config = plan.config
     workers = config.train.most_workers
     connect(workers)
+    if config.train.use_gpu and "RAY_ADDRESS" not in os.environ and (gpus := _gpus_of_ray()) < workers:
+        raise RuntimeError(f"train.use_gpu: {workers} worker(s) want a GPU each, and Ray has {gpus:.0f} here; set it to false")
     synthetic = plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic)
     own_tags = {"method": config.method, "budget": str(config.budget), "synthetic_data": str(synthetic)}
     before = resume_point(config, plan.files)
@@ -96,17 +99,21 @@ def run(
         datasets["train"] = ray_dataset(plan.files, config.data, config.data.max_rows)
         if plan.test_files:
             datasets["test"] = ray_dataset(plan.test_files, config.data)
+    resources = {"CPU": 1} | ({"GPU": 1} if config.train.use_gpu else {})
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={"plan": plan, "run": run_ref, "coordinator": coordinator, "lineage": before.run if before else run_ref.run_id},
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
-            resources_per_worker={"CPU": 1},
+            use_gpu=config.train.use_gpu,
+            resources_per_worker=resources,
             elastic_resize_monitor_interval_s=config.train.resize_seconds,
         ),
         datasets=datasets,
         dataset_config=data_config(),
-        torch_config=ray.train.torch.TorchConfig(timeout_s=int(config.train.timeout_seconds)),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if config.train.use_gpu else "gloo", timeout_s=int(config.train.timeout_seconds)
+        ),
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=storage_path(config),
@@ -172,6 +179,8 @@ def _work(setup: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.train.threads)
+    if config.train.use_gpu:
+        use_gpu()
     logs = log_folder(config.output, config.name)
     journal = logs / "metrics-not-in-mlflow.jsonl" if logs is not None else None
     writer = RunWriter(setup["run"], config.tracking.patience_seconds, journal) if rank == 0 else None
@@ -222,3 +231,23 @@ def restore_last(worker: Worker, lineage: str, files: Files) -> None:
     checkpoint.restore(checkpoint.open_checkpoint(folder), worker, list(files.rows))
     fit_budget(worker)
     worker.tell(f"goes on from {folder.path}, step {worker.step:,}")
+
+
+def use_gpu() -> None:
+    """Make the worker's GPU the current one.
+
+    Raises:
+        RuntimeError: when there is none, or no store for it.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("train.use_gpu: torch sees no GPU here; install a torch for CUDA and a driver, or set it to false")
+    if "cuda" not in backends():
+        raise RuntimeError(
+            "train.use_gpu: the store was not built for GPUs here; rebuild with nvcc and a torch for CUDA, or set it to false"
+        )
+    torch.cuda.set_device(ray.train.torch.get_device())
+
+
+def _gpus_of_ray() -> float:
+    resources: dict[str, float] = ray.cluster_resources()
+    return resources.get("GPU", 0.0)

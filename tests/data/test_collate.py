@@ -22,14 +22,14 @@ def hash_of(text: str | bytes) -> int:
     """The id of one string."""
     content = text.encode() if isinstance(text, str) else text
     bytes_ = torch.tensor(list(content), dtype=torch.uint8)
-    return int(ops().hash_strings(torch.tensor([0, len(content)]), bytes_, 0)[0])
+    return int(ops("cpu").hash_strings(torch.tensor([0, len(content)]), bytes_, 0)[0])
 
 
 def cross_of(*ids: int) -> int:
     """The id of a cross of ids."""
     crossed = torch.tensor([ids[0]])
     for each in ids[1:]:
-        crossed = ops().cross_ids(crossed, torch.tensor([each]), 0)
+        crossed = ops("cpu").cross_ids(crossed, torch.tensor([each]), 0)
     return int(crossed[0])
 
 

@@ -28,7 +28,7 @@ for optimizer in ("rowwise_adagrad", "adam"):
                 shard.resize(4.0)
         for tensor in shard.export_rows().tensors().values():
             digest.update(tensor.numpy().tobytes())
-print(_extension._find().name, digest.hexdigest())
+print(_extension.find("fiited").name, digest.hexdigest())
 """
 
 

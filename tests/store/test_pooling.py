@@ -65,7 +65,7 @@ def test_numerical_gradients_agree(weighted: bool, mean: bool) -> None:
 def test_the_operator_keeps_torchs_rules(weighted: bool) -> None:
     values, widths, bags = example(torch.float32, weighted, mean=True)
     arguments = (values.requires_grad_(), widths, bags.inverse, bags.offsets, bags.weights, 2, True, CHUNK, CHUNKS)
-    torch.library.opcheck(ops.ops().pool.default, arguments)
+    torch.library.opcheck(ops.ops(values.device.type).pool.default, arguments)
 
 
 def test_lookups_without_pooling_are_bags_of_one() -> None:

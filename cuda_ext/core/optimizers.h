@@ -1,0 +1,53 @@
+// The fused sparse optimizers, one value at a time: float arithmetic, storage of any type.
+#pragma once
+
+#include <cmath>
+
+#include "core/numeric.h"
+
+namespace fiited {
+
+struct StepConstants {
+  float lr, eps;
+  float beta1, beta2;
+  float correction1, correction2;  // Adam: 1 - beta^t, with t the shard's step as in torch.optim.SparseAdam
+  int64_t step;
+};
+
+inline StepConstants step_constants(double lr, double eps, double beta1, double beta2, int64_t step) {
+  return {static_cast<float>(lr),
+          static_cast<float>(eps),
+          static_cast<float>(beta1),
+          static_cast<float>(beta2),
+          static_cast<float>(1 - std::pow(beta1, static_cast<double>(step))),
+          static_cast<float>(1 - std::pow(beta2, static_cast<double>(step))),
+          step};
+}
+
+// The rate at which a row of row-wise Adagrad learns, its state already raised by the mean of squares.
+FIITED_HD float rowwise_rate(float state, const StepConstants& c) { return c.lr / (std::sqrt(state) + c.eps); }
+
+// Value `i` of the `n` of a vector. `rate` is rowwise_rate's.
+template <class Store, Optimizer kind>
+FIITED_HD void learn_value(typename Store::Bits* vector, float* state, int i, int n, float g, float rate, uint64_t key,
+                           const StepConstants& c) {
+  float change;
+  if constexpr (kind == Optimizer::kSgd) {
+    change = c.lr * g;
+  } else if constexpr (kind == Optimizer::kRowwiseAdagrad) {
+    change = rate * g;
+  } else if constexpr (kind == Optimizer::kAdagrad) {
+    state[i] += g * g;
+    change = c.lr * g / (std::sqrt(state[i]) + c.eps);
+  } else {
+    float& m = state[i];
+    float& s = state[n + i];
+    m += (1.0f - c.beta1) * (g - m);
+    s += (1.0f - c.beta2) * (g * g - s);
+    change = c.lr * (m / c.correction1) / (std::sqrt(s / c.correction2) + c.eps);
+  }
+  const uint32_t random = Store::kRounds ? rounding_bits(key, static_cast<uint64_t>(c.step), static_cast<uint32_t>(i)) : 0u;
+  vector[i] = Store::from_float(Store::to_float(vector[i]) - change, random);
+}
+
+}  // namespace fiited

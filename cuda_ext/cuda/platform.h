@@ -1,0 +1,65 @@
+// What kernels stand on: streams, launches, tiles of lanes, atomics, memory. Under nvcc that is CUDA; with FIITED_EMULATED, under any
+// C++ compiler, the same sources run on the CPU, item after item in shuffled order. Emulation proves logic, not races and not speed.
+#pragma once
+
+#if defined(FIITED_EMULATED)
+#include "emulation/platform.h"
+#else
+#include "cuda/platform_cuda.h"
+#endif
+
+namespace fiited::device {
+
+// An array that lives as long as the operation that needs it, given back in the order of the stream.
+template <class T>
+class Scratch {
+ public:
+  Scratch(Stream stream, int64_t count) : stream_(stream), count_(count > 0 ? count : 1) {
+    at_ = static_cast<T*>(allocate(stream, count_ * sizeof(T)));
+    if (at_ == nullptr)
+      throw std::runtime_error("the device has no memory for " + std::to_string(count_ * sizeof(T)) + " bytes of scratch");
+  }
+  ~Scratch() { release(stream_, at_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* get() const { return at_; }
+  void fill_bytes(int value) { set_bytes(stream_, at_, value, count_ * sizeof(T)); }
+
+ private:
+  Stream stream_;
+  int64_t count_;
+  T* at_;
+};
+
+// The only way from device memory to the host, and the only wait: reads are counted.
+inline std::atomic<int64_t> reads_by_host{0};
+
+template <class T>
+void read_back(Stream stream, const T* device, T* host, int64_t count) {
+  reads_by_host += 1;
+  copy_to_host(stream, host, device, count * sizeof(T));
+}
+
+template <class T>
+std::vector<T> read_back(Stream stream, const T* device, int64_t count) {
+  std::vector<T> host(count);
+  if (count > 0) read_back(stream, device, host.data(), count);
+  return host;
+}
+
+template <class T>
+T read_one(Stream stream, const T* device) {
+  T host;
+  read_back(stream, device, &host, 1);
+  return host;
+}
+
+template <class T>
+void upload(Stream stream, T* device, const T* host, int64_t count) {
+  if (count > 0) copy_to_device(stream, device, host, count * sizeof(T));
+}
+
+inline int bits_for(uint64_t highest) { return highest == 0 ? 1 : 64 - std::countl_zero(highest); }
+
+}  // namespace fiited::device

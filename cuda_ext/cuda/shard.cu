@@ -1,0 +1,328 @@
+// A shard in device memory: what it is made of, its lookups, and new rows.
+#include <cstddef>
+
+#include "cuda/shard.h"
+
+namespace fiited::device {
+
+DeviceShard::DeviceShard(const ShardConfig& config)
+    : StepShard(config),
+      layout_(config.layout()),
+      index_(nullptr, ledger_, config.partitions_log2()),
+      pools_(ledger_, layout_, config.granule()),
+      board_(nullptr, 1),
+      rows_by_(nullptr, int64_t{config.tables} * config.chunks),
+      left_(nullptr, kMostParts),
+      decay_(config.decay) {
+  if (config.chunks > kMostChunks) throw std::runtime_error("chunks must be at most " + std::to_string(kMostChunks));
+  for (int width = 0; width <= config.chunks; ++width) row_bytes_.push_back(width ? config.row_bytes(width) : 0);
+  planned_ = config.fixed_bytes();
+  ledger_.charge(static_cast<int64_t>(Memory::rounded(config.sketch_bytes())));
+  cells_ = static_cast<uint16_t*>(allocate(stream_, config.sketch_bytes()));
+  if (cells_ == nullptr) throw std::runtime_error("no memory for the sketch of " + std::to_string(config.sketch_bytes()) + " bytes");
+  set_bytes(stream_, cells_, 0, config.sketch_bytes());
+  board_.fill_bytes(0);
+  rows_by_.fill_bytes(0);
+  set_limit(config.limit_bytes);
+  cuts_ = cuts_of(threshold_, config.levels);
+  wait(stream_);
+}
+
+DeviceShard::~DeviceShard() {
+  try {
+    wait(stream_);                   // its members' memory goes back on other streams
+  } catch (const std::exception&) {  // the device is gone already
+  }
+  release(stream_, cells_);
+}
+
+int64_t host_reads() { return reads_by_host; }
+
+std::shared_ptr<StepShard> make_shard(const ShardConfig& config) {
+  config.check_limit();
+  return std::make_shared<DeviceShard>(config);
+}
+
+void DeviceShard::set_limit(int64_t bytes) {
+  limit_ = bytes > 0 ? bytes : Memory::kUnlimited;
+  ledger_.set_limit(bytes > 0 ? bytes - uncounted_bytes() : Memory::kUnlimited);
+}
+
+// Small fixed parts that are not taken through the ledger.
+int64_t DeviceShard::uncounted_bytes() const { return Index::directory_bytes(config_.partitions_log2()) + config_.counter_bytes(); }
+
+View DeviceShard::view() const {
+  View view{};
+  view.layout = layout_;
+  view.addresses = pools_.addresses();
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    view.pools[width - 1] = pools_.begin(width);
+    view.counts[width - 1] = pools_.count(width);
+    view.cuts[width - 1] = cuts_[width - 1];
+  }
+  view.parts = index_.parts();
+  view.part_shift = 10 - config_.partitions_log2();
+  view.cells = cells_;
+  view.levels = levels_;
+  view.first_bucket = config_.first_bucket;
+  view.end_bucket = config_.end_bucket;
+  view.sets_per_bucket = config_.sketch_sets;
+  view.tables = config_.tables;
+  view.rows_by = rows_by_.get();
+  view.scale = decay_.scale();
+  view.unscale = decay_.unscale();
+  view.init_scale = static_cast<float>(config_.init_scale);
+  view.restore_scale = static_cast<float>(config_.restore_scale);
+  return view;
+}
+
+void DeviceShard::clear_board() const {
+  set_bytes(stream_, board_.get(), 0, offsetof(Board, lookups));
+  launch(stream_, 1, [board = board_.get()] FIITED_KERNEL(int64_t) { board->full_from = kNoFault; });
+}
+
+// The host's one look at a step.
+Board DeviceShard::read_board() const {
+  copy_on_device(stream_, &board_.get()->faults, device_faults(stream_), sizeof(Faults));
+  known_ = read_one(stream_, board_.get());
+  stale_ = false;
+  return known_;
+}
+
+void DeviceShard::lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step,
+                         uint64_t quota, uint32_t* addresses, uint8_t* widths) {
+  const View view = this->view();
+  Board* const board = board_.get();
+  Faults* const faults = device_faults(stream_);
+  launch(stream_, n, [view, board, faults, keys, tables, training, addresses, widths] FIITED_KERNEL(int64_t i) {
+    const auto key = static_cast<uint64_t>(keys[i]);
+    const bool belongs = view.belongs(key);
+    const bool table_there = tables[i] >= 0 && tables[i] < view.tables;
+    if (!belongs) note(faults, Fault::kForeignKey, i);
+    if (!table_there) note(faults, Fault::kNoTable, i);
+    const uint32_t address = belongs && table_there ? view.find(key, tables[i]) : kAbsent;
+    addresses[i] = address;
+    widths[i] = address == kAbsent ? 0 : static_cast<uint8_t>(view.addresses.width(address));
+    if (!training || !belongs) return;
+    const DistinctMark mark = distinct_mark(key, static_cast<uint32_t>(tables[i]), view.first_bucket);
+    uint32_t* const word = board->distinct + mark.place / 4;
+    const int shift = mark.place % 4 * 8;
+    for (uint32_t now = read_shared(word); (now >> shift & 0xFF) < mark.rank;) {
+      const uint32_t before = atomic_cas(word, now, (now & ~(0xFFu << shift)) | uint32_t{mark.rank} << shift);
+      if (before == now) break;
+      now = before;
+    }
+  });
+  if (!training) return check_faults(stream_);
+  stale_ = true;
+  launch_sum(stream_, n, &board->lookups, [counts] FIITED_KERNEL(int64_t i) { return int64_t{counts[i]}; });
+  launch_sum(stream_, n, &board->hits,
+             [counts, addresses] FIITED_KERNEL(int64_t i) { return addresses[i] == kAbsent ? int64_t{0} : int64_t{counts[i]}; });
+  if (threshold_ != 0.0) return check_faults(stream_);
+
+  // Every absent key is worth a row of full width, as long as there is room.
+  clear_board();
+  const Scratch<int64_t> wants(stream_, n);
+  const Scratch<int64_t> rank(stream_, n);
+  const Scratch<int32_t> chosen(stream_, n);
+  launch(stream_, n, [view, keys, tables, addresses, step, quota, wants = wants.get()] FIITED_KERNEL(int64_t i) {
+    const auto key = static_cast<uint64_t>(keys[i]);
+    wants[i] = addresses[i] == kAbsent && view.belongs(key) && tables[i] >= 0 && tables[i] < view.tables && let_in(key, step, quota);
+  });
+  exclusive_scan(stream_, n, wants.get(), rank.get());
+  const int64_t most = room() == Memory::kUnlimited ? n : std::max<int64_t>(0, room() / row_bytes_[layout_.chunks]);
+  launch_sum(stream_, n, &board->asked, [addresses] FIITED_KERNEL(int64_t i) { return int64_t{addresses[i] == kAbsent}; });
+  launch_sum(stream_, n, &board->granted,
+             [most, wants = wants.get(), rank = rank.get()] FIITED_KERNEL(int64_t i) { return int64_t{wants[i] && rank[i] < most}; });
+  launch_tally(
+      stream_, n, index_.partitions(),
+      [view, keys, most, wants = wants.get(), rank = rank.get()] FIITED_KERNEL(int64_t i) {
+        return wants[i] && rank[i] < most ? view.part_number(static_cast<uint64_t>(keys[i])) : -1;
+      },
+      [board] FIITED_KERNEL(int bin, uint32_t count) { atomic_add(board->by_part + bin, count); });
+  launch(stream_, n, [wants = wants.get(), rank = rank.get(), chosen = chosen.get()] FIITED_KERNEL(int64_t i) {
+    if (wants[i]) chosen[rank[i]] = static_cast<int32_t>(i);
+  });
+  Board told = read_board();
+  throw_if_any(stream_, told.faults);
+  told.by_width[layout_.chunks] = static_cast<uint32_t>(told.granted);
+  asked_bytes_ += told.asked * row_bytes_[layout_.chunks];
+  refused_ += told.asked - told.granted;
+  admit({told.granted, chosen.get(), reinterpret_cast<const uint64_t*>(keys), tables, nullptr, nullptr, addresses, widths}, told);
+}
+
+// Gives rows to the keys chosen; `board` counts them by width and partition.
+void DeviceShard::admit(const NewRows& rows, const Board& board) {
+  if (rows.count == 0) return;
+  const View view = this->view();
+  Starts starts{};
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    starts.first[width + 1] = starts.first[width] + board.by_width[width];
+    if (!pools_.reserve(width, uint64_t{pools_.count(width)} + board.by_width[width])) {
+      throw std::runtime_error("fiited: the device has no memory left for " + std::to_string(board.by_width[width]) + " rows more");
+    }
+  }
+  index_.reserve(stream_, view, board.by_part);
+  with_storage(config_.storage, [&](auto stored) { fill<decltype(stored)>(rows, view, starts); });
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    const int64_t bytes = board.by_width[width] * row_bytes_[width];
+    pools_.set_count(width, pools_.count(width) + board.by_width[width]);
+    planned_ += bytes;
+    admitted_bytes_ += bytes;
+  }
+  admitted_ += rows.count;
+}
+
+template <class Stored>
+void DeviceShard::fill(const NewRows& rows, const View& view, const Starts& starts) const {
+  launch_tiles(stream_, rows.count, 0, [rows, view, starts] FIITED_KERNEL(int64_t at, const Tile& tile) {
+    const int32_t i = rows.chosen[at];
+    const int width = rows.widths ? rows.widths[i] : view.layout.chunks;
+    const uint32_t address = view.addresses.of(width, view.counts[width - 1] + static_cast<uint32_t>(at) - starts.first[width]);
+    std::byte* const row = view.row(address);
+    const uint64_t key = rows.keys[i];
+    const int32_t table = rows.tables[i];
+    tile.once([&] {
+      *reinterpret_cast<RowHeader*>(row) =
+          RowHeader{key, rows.importance ? rows.importance[i] : 0.0f, static_cast<uint16_t>(table), Mark::kChanged};
+      view.put(key, address);
+      atomic_add(view.rows_by + int64_t{table} * view.layout.chunks + width - 1, int64_t{1});
+      if (rows.addresses) rows.addresses[i] = address;
+      if (rows.found_widths) rows.found_widths[i] = static_cast<uint8_t>(width);
+    });
+    initialise<Stored>(tile, view, row, 0, width, key, table, view.init_scale);
+    float* const state = view.state(address);
+    tile.each(view.layout.state_bytes(width) / 4, [&](int d) { state[d] = 0; });
+  });
+}
+
+int64_t DeviceShard::read_starts(int64_t n, int64_t rows, const int32_t* take, const uint32_t* addresses, const uint8_t* widths,
+                                 int64_t* starts) const {
+  const View view = this->view();
+  Faults* const faults = device_faults(stream_);
+  const Scratch<int64_t> sizes(stream_, n + 1);
+  launch(stream_, rows, [view, addresses, widths, faults] FIITED_KERNEL(int64_t row) {
+    if (!view.fits(addresses[row], widths[row])) note(faults, Fault::kMoved, row);
+  });
+  launch(stream_, n + 1, [view, n, rows, take, addresses, widths, faults, sizes = sizes.get()] FIITED_KERNEL(int64_t i) {
+    const int64_t row = i == n ? 0 : take ? take[i] : i;
+    const bool there = row >= 0 && row < rows;
+    if (i < n && !there) note(faults, Fault::kTake, i);
+    sizes[i] = i < n && there && view.fits(addresses[row], widths[row]) ? int64_t{widths[row]} * view.layout.chunk : 0;
+  });
+  exclusive_scan(stream_, n + 1, sizes.get(), starts);
+  const Scratch<int64_t> told(stream_, 1 + static_cast<int64_t>(Fault::kCount));
+  copy_on_device(stream_, told.get(), starts + n, sizeof(int64_t));
+  told_faults(stream_, told.get() + 1);
+  const std::vector<int64_t> answer = read_back(stream_, told.get(), 1 + static_cast<int64_t>(Fault::kCount));
+  throw_if_told(stream_, answer.data() + 1);
+  return answer[0];
+}
+
+namespace {
+
+template <class Stored>
+VectorAt<Stored> FIITED_DEVICE vector_at(const View& view, uint32_t address) {
+  if (address == kAbsent) return {nullptr, 0};
+  return {reinterpret_cast<const typename Stored::Bits*>(view.row(address) + sizeof(RowHeader)),
+          view.addresses.width(address) * view.layout.chunk};
+}
+
+template <class Stored>
+void copy_vectors(Stream stream, const View& view, int64_t n, const int32_t* take, const uint32_t* addresses, const int64_t* starts,
+                  float* values) {
+  launch_tiles(stream, n, 0, [view, take, addresses, starts, values] FIITED_KERNEL(int64_t i, const Tile& tile) {
+    const VectorAt<Stored> vector = vector_at<Stored>(view, addresses[take ? take[i] : i]);
+    float* const to = values + starts[i];
+    tile.map(vector.live, [&](int d) { return vector.at[d]; }, [&](int d, auto x) { to[d] = Stored::to_float(x); });
+  });
+}
+
+// The vector of a lookup's row, of width 0 where the row has moved since.
+template <class Stored>
+struct StoredRows {
+  View view;
+  const uint32_t* addresses;
+  const uint8_t* widths;
+  FIITED_DEVICE VectorAt<Stored> operator()(int64_t row) const {
+    return vector_at<Stored>(view, view.fits(addresses[row], widths[row]) ? addresses[row] : kAbsent);
+  }
+};
+
+template <class Stored>
+void pool_stored(Stream stream, const View& view, const Bags& bags, int64_t n, int64_t rows, const uint32_t* addresses,
+                 const uint8_t* widths, float* out) {
+  pool_bags<float, Stored>(stream, bags, n, rows, StoredRows<Stored>{view, addresses, widths}, out);
+}
+
+}  // namespace
+
+void DeviceShard::read(int64_t n, const int32_t* take, const uint32_t* addresses, const int64_t* starts, float* values) const {
+  const View view = this->view();
+  with_storage(config_.storage, [&](auto stored) { copy_vectors<decltype(stored)>(stream_, view, n, take, addresses, starts, values); });
+}
+
+void DeviceShard::pool(const Bags& bags, int64_t n, int64_t rows, const uint32_t* addresses, const uint8_t* widths, float* out) const {
+  const View view = this->view();
+  Faults* const faults = device_faults(stream_);
+  launch(stream_, rows, [view, addresses, widths, faults] FIITED_KERNEL(int64_t row) {
+    if (!view.fits(addresses[row], widths[row])) note(faults, Fault::kMoved, row);
+  });
+  with_storage(config_.storage, [&](auto stored) { pool_stored<decltype(stored)>(stream_, view, bags, n, rows, addresses, widths, out); });
+  check_faults(stream_);
+}
+
+void DeviceShard::histogram(int64_t* out) const {
+  const Scratch<int64_t> counts(stream_, 2 * kImportanceBins);
+  set_bytes(stream_, counts.get(), 0, 2 * kImportanceBins * sizeof(int64_t));
+  const View view = this->view();
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    launch_tally(
+        stream_, pools_.count(width), kImportanceBins,
+        [view, width] FIITED_KERNEL(int64_t position) {
+          return importance_bin(view.header(view.addresses.of(width, static_cast<uint32_t>(position))).importance * view.unscale);
+        },
+        [counts = counts.get(), bytes = row_bytes_[width]] FIITED_KERNEL(int bin, uint32_t count) {
+          atomic_add(counts + bin, static_cast<int64_t>(count));
+          atomic_add(counts + kImportanceBins + bin, count * bytes);
+        });
+  }
+  read_back(stream_, counts.get(), out, 2 * kImportanceBins);
+}
+
+ShardStats DeviceShard::stats() {
+  if (stale_) read_board();
+  ShardStats s{};
+  int64_t row_headers = 0;
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    const int64_t count = pools_.count(width);
+    s.rows += count;
+    s.payload += count * layout_.vector_bytes(width);
+    s.optimizer += count * layout_.state_bytes(width);
+    row_headers += count * static_cast<int64_t>(sizeof(RowHeader));
+  }
+  s.index = index_.bytes() + row_headers;
+  s.sketch = static_cast<int64_t>(Memory::rounded(config_.sketch_bytes())) + config_.counter_bytes();
+  s.total = ledger_.used() + uncounted_bytes();
+  s.slack = s.total - s.payload - s.optimizer - s.index - s.sketch;
+  s.planned = planned_;
+  s.fixed = config_.fixed_bytes();
+  s.limit = limit_ == Memory::kUnlimited ? 0 : limit_;
+  s.peak = ledger_.take_peak() + uncounted_bytes();
+  s.distinct = distinct_estimate(reinterpret_cast<const uint8_t*>(known_.distinct), int64_t{kRegistersPerBucket} * config_.buckets());
+  s.lookups = known_.lookups;
+  s.hits = known_.hits;
+  s.admitted = admitted_;
+  s.refused = refused_;
+  s.resized = resized_;
+  s.evicted = evicted_;
+  s.admitted_bytes = admitted_bytes_;
+  s.asked_bytes = asked_bytes_;
+  return s;
+}
+
+void DeviceShard::rows_by_width(int64_t* out) const { read_back(stream_, rows_by_.get(), out, int64_t{config_.tables} * config_.chunks); }
+
+void DeviceShard::reset_round_counters() { admitted_ = refused_ = resized_ = evicted_ = admitted_bytes_ = 0; }
+
+}  // namespace fiited::device

@@ -1,0 +1,226 @@
+// The platform of cuda/platform.h on the CPU: one thread, the items of a launch in an order that changes from launch to launch, a tile's
+// lanes last to first. Device memory is the CPU's.
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/hash.h"
+
+#define FIITED_KERNEL
+#define FIITED_DEVICE inline
+
+namespace fiited::device {
+
+struct StreamOfEmulation;
+using Stream = StreamOfEmulation*;
+
+constexpr bool kEmulated = true;
+
+inline int current_device() { return 0; }
+
+// ---- atomics ------------------------------------------------------------------------------------------------------------
+
+template <class T>
+T atomic_add(T* at, T value) {
+  const T before = *at;
+  *at = before + value;
+  return before;
+}
+template <class T>
+void atomic_min(T* at, T value) {
+  *at = std::min(*at, value);
+}
+inline uint32_t atomic_cas(uint32_t* at, uint32_t expected, uint32_t wanted) {
+  const uint32_t before = *at;
+  if (before == expected) *at = wanted;
+  return before;
+}
+inline void atomic_and(uint32_t* at, uint32_t bits) { *at &= bits; }
+template <class T>
+T read_shared(const T* at) {
+  return *at;
+}
+
+// ---- launches -----------------------------------------------------------------------------------------------------------
+
+// A permutation of [0, n): every launch another one.
+class Shuffle {
+ public:
+  explicit Shuffle(int64_t n) : n_(static_cast<uint64_t>(n)) {
+    static std::atomic<uint64_t> launches{0};
+    const uint64_t random = mix64(launches.fetch_add(1) * kGolden);
+    first_ = random % n_;
+    step_ = n_ == 1 ? 1 : 1 + (random >> 32) % (n_ - 1);
+    while (std::gcd(step_, n_) != 1) ++step_;
+  }
+  template <class Visit>
+  void for_each(Visit&& visit) const {
+    uint64_t at = first_;
+    for (uint64_t i = 0; i < n_; ++i) {
+      visit(static_cast<int64_t>(at));
+      at = (at + step_) % n_;
+    }
+  }
+
+ private:
+  uint64_t n_, first_, step_;
+};
+
+template <class Body>
+void launch(Stream, int64_t n, const Body& body) {
+  if (n > 0) Shuffle(n).for_each(body);
+}
+
+struct Tile {
+  static constexpr int kLanes = 8;
+  float* scratch;
+
+  template <class Visit>
+  void each(int n, const Visit& visit) const {
+    for (int lane = kLanes; lane-- > 0;) {
+      for (int i = lane; i < n; i += kLanes) visit(i);
+    }
+  }
+  template <class Load, class Keep>
+  void map(int n, const Load& load, const Keep& keep) const {
+    each(n, [&](int i) { keep(i, load(i)); });
+  }
+  template <class Part>
+  float sum(int n, const Part& part) const {
+    float lanes[kLanes] = {};
+    const int whole = n & ~(kLanes - 1);
+    for (int i = 0; i < whole; ++i) lanes[i % kLanes] += part(i);
+    float total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+    for (int i = whole; i < n; ++i) total += part(i);
+    return total;
+  }
+  template <class Visit>
+  void once(const Visit& visit) const {
+    visit();
+  }
+  void sync() const {}
+};
+
+// Adds value_of(i) over all items to *sum.
+template <class ValueOf>
+void launch_sum(Stream, int64_t n, int64_t* sum, const ValueOf& value_of) {
+  launch(nullptr, n, [&](int64_t i) { *sum += value_of(i); });
+}
+
+template <class Body>
+void launch_tiles(Stream, int64_t n, int scratch_floats, const Body& body) {
+  std::vector<float> scratch(scratch_floats);
+  launch(nullptr, n, [&](int64_t item) {
+    std::fill(scratch.begin(), scratch.end(), -1e30f);  // nothing may be read that this item did not write
+    body(item, Tile{scratch.data()});
+  });
+}
+
+// Counts items by bin: `bin_of` gives a bin or -1; `flush(bin, count)` is called now and then, and must add up.
+template <class BinOf, class Flush>
+void launch_tally(Stream, int64_t n, int bins, const BinOf& bin_of, const Flush& flush) {
+  constexpr int64_t kBlock = 1000;
+  std::vector<uint32_t> counts(bins);
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    std::fill(counts.begin(), counts.end(), 0u);
+    launch(nullptr, std::min(kBlock, n - begin), [&](int64_t i) {
+      const int bin = bin_of(begin + i);
+      if (bin >= 0) ++counts[bin];
+    });
+    for (int bin = 0; bin < bins; ++bin) {
+      if (counts[bin]) flush(bin, counts[bin]);
+    }
+  }
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------------------
+
+inline void* allocate(Stream, size_t bytes) {
+  void* block = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  if (block != nullptr) std::memset(block, 0xA5, bytes);  // what is read before it is written must not look like zeros
+  return block;
+}
+inline void release(Stream, void* block) { std::free(block); }
+inline void set_bytes(Stream, void* at, int value, size_t bytes) { std::memset(at, value, bytes); }
+inline void copy_to_host(Stream, void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
+inline void copy_to_device(Stream, void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
+inline void copy_on_device(Stream, void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+inline void wait(Stream) {}
+
+// Address space of which a part, from its beginning on, has memory behind it.
+class Reservation {
+ public:
+  static constexpr size_t kPage = 4096;
+
+  explicit Reservation(size_t bytes) : bytes_((bytes + kPage - 1) / kPage * kPage) {
+    begin_ = mmap(nullptr, bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (begin_ == MAP_FAILED) throw std::runtime_error("cannot reserve " + std::to_string(bytes_) + " bytes of address space");
+  }
+  ~Reservation() { munmap(begin_, bytes_); }
+  Reservation(const Reservation&) = delete;
+  Reservation& operator=(const Reservation&) = delete;
+
+  std::byte* begin() const { return static_cast<std::byte*>(begin_); }
+
+  // Makes the first `bytes` usable and gives memory behind them back; what stands in the part that stays does so. False when there is no
+  // memory. When it gives back, the device must be done with what is given.
+  bool resize(size_t bytes) {
+    const size_t wanted = (bytes + kPage - 1) / kPage * kPage;
+    if (wanted > bytes_) return false;
+    if (wanted > mapped_ && mprotect(begin() + mapped_, wanted - mapped_, PROT_READ | PROT_WRITE) != 0) return false;
+    if (wanted < mapped_) {
+      madvise(begin() + wanted, mapped_ - wanted, MADV_DONTNEED);
+      mprotect(begin() + wanted, mapped_ - wanted, PROT_NONE);
+    }
+    mapped_ = wanted;
+    return true;
+  }
+
+  static size_t device_bytes() { return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+
+ private:
+  size_t bytes_;
+  size_t mapped_ = 0;
+  void* begin_;
+};
+
+// ---- sorts and scans ----------------------------------------------------------------------------------------------------
+
+// Stable, by the lowest `bits` of the keys.
+template <class Key>
+void sort_pairs(Stream, int64_t n, const Key* keys, Key* sorted_keys, const int32_t* values, int32_t* sorted_values, int bits) {
+  std::vector<int64_t> order(n);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  const Key mask = bits >= static_cast<int>(8 * sizeof(Key)) ? ~Key{0} : static_cast<Key>((Key{1} << bits) - 1);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return (keys[a] & mask) < (keys[b] & mask); });
+  for (int64_t i = 0; i < n; ++i) {
+    sorted_keys[i] = keys[order[i]];
+    sorted_values[i] = values[order[i]];
+  }
+}
+
+// out[i] = in[0] + ... + in[i - 1], for i in [0, n).
+template <class T>
+void exclusive_scan(Stream, int64_t n, const T* in, T* out) {
+  T sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T value = in[i];
+    out[i] = sum;
+    sum += value;
+  }
+}
+
+}  // namespace fiited::device
