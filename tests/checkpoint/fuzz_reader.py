@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["fiited_ray.checkpoint"]):
     from fiited_ray.checkpoint.manifest import encode
 
 import torch
-from runs import config, folders, run, solo
+from small_runs import config, folders, run, solo
 
 from fiited_ray.store import ShardSpec, VhpiShard
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import config
+from small_runs import config
 from torch import Tensor
 
 from fiited_ray.checkpoint import Folder, FolderPublisher, Saver, open_checkpoint

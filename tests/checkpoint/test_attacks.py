@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from runs import BUDGET, config, folders, run, solo
+from small_runs import BUDGET, config, folders, run, solo
 from torch import Tensor
 
 from fiited_ray.checkpoint import CheckpointError, Folder, load_model, open_checkpoint, restore

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from runs import BATCHES, BUDGET, batches, config, differences, folders, opened, resumed, run, solo, state_of
+from small_runs import BATCHES, BUDGET, batches, config, differences, folders, opened, resumed, run, solo, state_of
 
 from fiited_ray.checkpoint import Folder, FolderPublisher, Saver, open_checkpoint, restore
 from fiited_ray.config import ConfigError
