@@ -12,7 +12,7 @@ from fiited_ray.checkpoint import Folder, FolderPublisher, Saver, open_checkpoin
 from fiited_ray.config import ConfigError
 from fiited_ray.train.loop import fit_budget, train
 
-TIMED = ("time/", "ahead/", "speed/", "checkpoint/stopped_s")
+TIMED = ("time/", "time_of_run/", "ahead/", "speed/", "checkpoint/stopped_s")
 
 
 @pytest.mark.parametrize(
