@@ -51,7 +51,6 @@ def test_all_rows_that_changed_in_the_twin_are_given_out_and_sketches_are_equal(
                 assert held[address] == (table, raw, vector.numpy().tobytes())
     cells, base = twin.sketch_cells()
     assert torch.equal(shard.sketch()[0].sort(1)[0], cells.sort(1)[0])  # a round hands rows back in an order of its own
-    assert bool(cells.any()) or twin.threshold == 0
     assert shard.state()[2] == base
 
 
