@@ -73,7 +73,7 @@ import os
 import fiited_ray
 from fiited_ray.store.ops import ops
 print("sources", os.path.relpath(fiited_ray.__file__))
-print("kernels", hasattr(ops(), "pool"))
+print("kernels", hasattr(ops("cpu"), "pool"))
 print("sent", *os.listdir())
 """
 
