@@ -40,7 +40,7 @@ class QualityAndBytes(OptunaSearch):
             metric=[measure.key, BYTES],
             mode=[measure.mode, "min"],
             points_to_evaluate=[self._point(settings) for settings in known] or None,
-            seed=seed,
+            seed=seed + len(known),  # with the same seed the first points sampled would be those of the first trials again
         )
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
