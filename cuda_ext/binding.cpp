@@ -28,9 +28,11 @@ Tensor make_floats(std::initializer_list<int64_t> sizes, ScalarType type = Scala
                                   ScalarType::Float, [bytes](void* at) { fiited::buffers.give(at, bytes); });
 }
 
+constexpr auto kPlace = torch::headeronly::DeviceType::CPU;
+
 template <class T>
 const T* read(const Tensor& tensor, ScalarType type, const char* name, int64_t size) {
-  return read_on<T>(torch::headeronly::DeviceType::CPU, tensor, type, name, size);
+  return read_on<T>(kPlace, tensor, type, name, size);
 }
 
 // The kernels' tasks run on torch's own threads.
@@ -77,9 +79,7 @@ std::tuple<Tensor, Tensor> store_lookup(int64_t handle, Tensor keys, Tensor tabl
   return {addresses, widths};
 }
 
-const uint32_t* read_addresses(const Tensor& addresses, int64_t n) {
-  return reinterpret_cast<const uint32_t*>(read<int32_t>(addresses, ScalarType::Int, "addresses", n));
-}
+const uint32_t* read_addresses(const Tensor& addresses, int64_t n) { return addresses_on(kPlace, addresses, n); }
 
 // The rows of a lookup must still be there: reading them follows their addresses.
 void check_addresses(const CpuShard& shard, const uint32_t* addresses, const uint8_t* widths, int64_t n) {
@@ -96,7 +96,7 @@ Tensor store_read(int64_t handle, Tensor addresses, Tensor widths, std::optional
   const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
   check_addresses(*shard, addresses_data, widths_data, rows);
   const int64_t n = take ? take->numel() : rows;
-  const auto* take_data = take ? read<int32_t>(*take, ScalarType::Int, "take", n) : nullptr;
+  const auto* take_data = read_on<int32_t>(kPlace, take, ScalarType::Int, "take", n);
   int64_t chunks = 0;
   for (int64_t i = 0; i < n; ++i) {
     REQUIRE(!take || (take_data[i] >= 0 && take_data[i] < rows), "take " + std::to_string(i) + " is out of range");
@@ -160,16 +160,8 @@ std::vector<int64_t> starts_of(const uint8_t* widths, int64_t rows, int64_t chun
 
 fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights, ScalarType real, int64_t features,
                      bool mean, int64_t chunk, int64_t chunks, int64_t rows) {
-  REQUIRE(features > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
+  const fiited::Bags bags = bags_on(kPlace, inverse, offsets, weights, real, features, mean, chunk, chunks);
   const int64_t n = inverse.numel();
-  fiited::Bags bags{features,
-                    (offsets.numel() - 1) / features,
-                    read<int64_t>(offsets, ScalarType::Long, "offsets", -1),
-                    read<int32_t>(inverse, ScalarType::Int, "inverse", n),
-                    nullptr,
-                    mean,
-                    static_cast<int>(chunk),
-                    static_cast<int>(chunks)};
   const int64_t last = features * bags.batch;
   REQUIRE(bags.offsets[0] == 0 && bags.offsets[last] == n, "offsets must begin at 0 and end at the number of lookups");
   for (int64_t i = 0; i < last; ++i) {
@@ -178,9 +170,6 @@ fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::op
   }
   for (int64_t i = 0; i < n; ++i)
     REQUIRE(bags.inverse[i] >= 0 && bags.inverse[i] < rows, "lookup " + std::to_string(i) + " names a row that is not there");
-  if (weights)
-    bags.weights = real == ScalarType::Double ? static_cast<const void*>(read<double>(*weights, real, "weights", n))
-                                              : read<float>(*weights, real, "weights", n);
   return bags;
 }
 
@@ -259,19 +248,8 @@ Tensor store_pool(int64_t handle, Tensor addresses, Tensor widths, Tensor invers
 
 Shard::Update update_of(const ShardConfig& config, const Tensor& keys, const Tensor& tables, const Tensor& addresses, const Tensor& widths,
                         const Tensor& counts, const std::optional<Tensor>& lookup_norms, double lr, int64_t step, int64_t quota) {
-  const int64_t n = keys.numel();
-  const Shard::Update rows{n,
-                           read<int64_t>(keys, ScalarType::Long, "keys", n),
-                           read<int32_t>(tables, ScalarType::Int, "tables", n),
-                           read_addresses(addresses, n),
-                           read<uint8_t>(widths, ScalarType::Byte, "widths", n),
-                           read<int32_t>(counts, ScalarType::Int, "counts", n),
-                           lookup_norms ? read<float>(*lookup_norms, ScalarType::Float, "lookup_norms", n) : nullptr,
-                           0,
-                           lr,
-                           step,
-                           static_cast<uint64_t>(quota)};
-  check_keys(config, rows.keys, rows.tables, n);
+  const Shard::Update rows = update_on(kPlace, keys, tables, addresses, widths, counts, lookup_norms, 0, lr, step, quota);
+  check_keys(config, rows.keys, rows.tables, rows.n);
   return rows;
 }
 
@@ -281,7 +259,7 @@ void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, 
   const ShardConfig& config = shard->config();
   const Shard::Update rows = update_of(config, keys, tables, addresses, widths, counts, lookup_norms, lr, step, quota);
   const int64_t arrivals = target ? target->numel() : rows.n;
-  const auto* target_data = target ? read<int32_t>(*target, ScalarType::Int, "target", arrivals) : nullptr;
+  const auto* target_data = read_on<int32_t>(kPlace, target, ScalarType::Int, "target", arrivals);
   int64_t size = 0;
   for (int64_t i = 0; i < arrivals; ++i) {
     REQUIRE(!target || (target_data[i] >= 0 && target_data[i] < rows.n), "target " + std::to_string(i) + " is out of range");

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/batch.h"
 #include "core/shard.h"
 #include "core/sketch.h"
 
@@ -50,6 +51,52 @@ const T* read_on(torch::headeronly::DeviceType place, const Tensor& tensor, Scal
   REQUIRE(size < 0 || tensor.numel() == size,
           std::string(name) + " must have " + std::to_string(size) + " elements, not " + std::to_string(tensor.numel()));
   return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// The same for an argument that may be missing; null then.
+template <class T>
+const T* read_on(torch::headeronly::DeviceType place, const std::optional<Tensor>& tensor, ScalarType type, const char* name,
+                 int64_t size) {
+  return tensor ? read_on<T>(place, *tensor, type, name, size) : nullptr;
+}
+
+inline const uint32_t* addresses_on(torch::headeronly::DeviceType place, const Tensor& addresses, int64_t n) {
+  return reinterpret_cast<const uint32_t*>(read_on<int32_t>(place, addresses, ScalarType::Int, "addresses", n));
+}
+
+// Bags as they are given: what their offsets and their rows say is not looked at.
+inline Bags bags_on(torch::headeronly::DeviceType place, const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights,
+                    ScalarType real, int64_t features, bool mean, int64_t chunk, int64_t chunks) {
+  REQUIRE(features > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
+  const int64_t n = inverse.numel();
+  const void* weights_data = real == ScalarType::Double ? static_cast<const void*>(read_on<double>(place, weights, real, "weights", n))
+                                                        : read_on<float>(place, weights, real, "weights", n);
+  return {features,
+          (offsets.numel() - 1) / features,
+          read_on<int64_t>(place, offsets, ScalarType::Long, "offsets", -1),
+          read_on<int32_t>(place, inverse, ScalarType::Int, "inverse", n),
+          weights_data,
+          mean,
+          static_cast<int>(chunk),
+          static_cast<int>(chunks)};
+}
+
+// An update as it is given; `numbers` is how many its gradients are.
+inline Shard::Update update_on(torch::headeronly::DeviceType place, const Tensor& keys, const Tensor& tables, const Tensor& addresses,
+                               const Tensor& widths, const Tensor& counts, const std::optional<Tensor>& lookup_norms, int64_t numbers,
+                               double lr, int64_t step, int64_t quota) {
+  const int64_t n = keys.numel();
+  return {n,
+          read_on<int64_t>(place, keys, ScalarType::Long, "keys", n),
+          read_on<int32_t>(place, tables, ScalarType::Int, "tables", n),
+          addresses_on(place, addresses, n),
+          read_on<uint8_t>(place, widths, ScalarType::Byte, "widths", n),
+          read_on<int32_t>(place, counts, ScalarType::Int, "counts", n),
+          read_on<float>(place, lookup_norms, ScalarType::Float, "lookup_norms", n),
+          numbers,
+          lr,
+          step,
+          static_cast<uint64_t>(quota)};
 }
 
 inline ScalarType real_type(const Tensor& tensor, const char* name) {

@@ -53,6 +53,20 @@ struct ShardStats {
   int64_t asked_bytes;  // of rows worth having, let in or not, since the store was made
 };
 
+// What rows of widths 1, 2, ... take: `index` is their headers alone, and what does not follow from the rows is 0.
+template <class CountOf>
+ShardStats stats_of_rows(const RowLayout& layout, CountOf&& count_of) {
+  ShardStats stats{};
+  for (int width = 1; width <= layout.chunks; ++width) {
+    const int64_t count = count_of(width);
+    stats.rows += count;
+    stats.payload += count * layout.vector_bytes(width);
+    stats.optimizer += count * layout.state_bytes(width);
+    stats.index += count * static_cast<int64_t>(sizeof(RowHeader));
+  }
+  return stats;
+}
+
 struct ExportedRows {
   std::vector<int64_t> raw_ids;
   std::vector<int32_t> tables;

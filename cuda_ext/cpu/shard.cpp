@@ -176,18 +176,8 @@ class ShardOf final : public CpuShard {
   }
 
   ShardStats stats() override {
-    ShardStats s{};
-    int64_t row_headers = 0;
-    int64_t row_total = 0;
-    for (int width = 1; width <= layout_.chunks; ++width) {
-      const int64_t count = pools_.count(width);
-      s.rows += count;
-      s.payload += count * layout_.vector_bytes(width);
-      s.optimizer += count * layout_.state_bytes(width);
-      row_headers += count * static_cast<int64_t>(sizeof(RowHeader));
-      row_total += count * layout_.stride(width);
-    }
-    s.index = index_.bytes() + row_headers;
+    ShardStats s = stats_of_rows(layout_, [&](int width) { return int64_t{pools_.count(width)}; });
+    s.index += index_.bytes();
     s.sketch = static_cast<int64_t>(Memory::rounded(config_.sketch_bytes())) + config_.counter_bytes();
     s.total = memory_.used() + uncounted_bytes();
     s.slack = s.total - s.payload - s.optimizer - s.index - s.sketch;

@@ -57,11 +57,6 @@ const T* read(const Tensor& tensor, ScalarType type, const char* name, int64_t s
   return read_on<T>(kPlace, tensor, type, name, size);
 }
 
-template <class T>
-const T* read(const std::optional<Tensor>& tensor, ScalarType type, const char* name, int64_t size) {
-  return tensor ? read<T>(*tensor, type, name, size) : nullptr;
-}
-
 Tensor make_beside(const Tensor& other, std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::empty(sizes, type, std::nullopt, other.device());
 }
@@ -119,16 +114,14 @@ std::tuple<Tensor, Tensor> store_lookup(int64_t handle, Tensor keys, Tensor tabl
   return {addresses, widths};
 }
 
-const uint32_t* read_addresses(const Tensor& addresses, int64_t n) {
-  return reinterpret_cast<const uint32_t*>(read<int32_t>(addresses, ScalarType::Int, "addresses", n));
-}
+const uint32_t* read_addresses(const Tensor& addresses, int64_t n) { return addresses_on(kPlace, addresses, n); }
 
 Tensor store_read(int64_t handle, Tensor addresses, Tensor widths, std::optional<Tensor> take) {
   const Current shard(handle);
   const int64_t rows = widths.numel();
   const int64_t n = take ? take->numel() : rows;
   const auto* addresses_data = read_addresses(addresses, rows);
-  const auto* take_data = read<int32_t>(take, ScalarType::Int, "take", n);
+  const auto* take_data = read_on<int32_t>(kPlace, take, ScalarType::Int, "take", n);
   Tensor starts = make_beside(widths, {n + 1}, ScalarType::Long);
   const int64_t size = shard->read_starts(n, rows, take_data, addresses_data, read<uint8_t>(widths, ScalarType::Byte, "widths", rows),
                                           data<int64_t>(starts));
@@ -137,60 +130,25 @@ Tensor store_read(int64_t handle, Tensor addresses, Tensor widths, std::optional
   return values;
 }
 
-Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights, ScalarType real, int64_t features,
-             bool mean, int64_t chunk, int64_t chunks) {
-  REQUIRE(features > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
-  const int64_t n = inverse.numel();
-  const void* weights_data = nullptr;
-  if (weights) {
-    weights_data = real == ScalarType::Double ? static_cast<const void*>(read<double>(*weights, real, "weights", n))
-                                              : read<float>(*weights, real, "weights", n);
-  }
-  return {features,
-          (offsets.numel() - 1) / features,
-          read<int64_t>(offsets, ScalarType::Long, "offsets", -1),
-          read<int32_t>(inverse, ScalarType::Int, "inverse", n),
-          weights_data,
-          mean,
-          static_cast<int>(chunk),
-          static_cast<int>(chunks)};
-}
-
 Tensor store_pool(int64_t handle, Tensor addresses, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights,
                   int64_t features, bool mean) {
   const Current shard(handle);
   const ShardConfig& config = shard->config();
   const int64_t rows = widths.numel();
-  const Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks);
+  const Bags bags = bags_on(kPlace, inverse, offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks);
   Tensor out = make_beside(widths, {bags.batch, features, bags.dim()}, ScalarType::Float);
   shard->pool(bags, inverse.numel(), rows, read_addresses(addresses, rows), read<uint8_t>(widths, ScalarType::Byte, "widths", rows),
               data<float>(out));
   return out;
 }
 
-Shard::Update update_of(const Tensor& keys, const Tensor& tables, const Tensor& addresses, const Tensor& widths, const Tensor& counts,
-                        const std::optional<Tensor>& lookup_norms, int64_t numbers, double lr, int64_t step, int64_t quota) {
-  const int64_t n = keys.numel();
-  return {n,
-          read<int64_t>(keys, ScalarType::Long, "keys", n),
-          read<int32_t>(tables, ScalarType::Int, "tables", n),
-          read_addresses(addresses, n),
-          read<uint8_t>(widths, ScalarType::Byte, "widths", n),
-          read<int32_t>(counts, ScalarType::Int, "counts", n),
-          read<float>(lookup_norms, ScalarType::Float, "lookup_norms", n),
-          numbers,
-          lr,
-          step,
-          static_cast<uint64_t>(quota)};
-}
-
 void store_update(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor gradients,
                   std::optional<Tensor> target, std::optional<Tensor> lookup_norms, double lr, int64_t step, int64_t quota) {
   const Current shard(handle);
-  const auto rows = update_of(keys, tables, addresses, widths, counts, lookup_norms, gradients.numel(), lr, step, quota);
+  const auto rows = update_on(kPlace, keys, tables, addresses, widths, counts, lookup_norms, gradients.numel(), lr, step, quota);
   const int64_t arrivals = target ? target->numel() : rows.n;
   shard->update(rows, read<float>(gradients, ScalarType::Float, "gradients", -1), arrivals,
-                read<int32_t>(target, ScalarType::Int, "target", arrivals));
+                read_on<int32_t>(kPlace, target, ScalarType::Int, "target", arrivals));
 }
 
 void store_update_pooled(int64_t handle, Tensor keys, Tensor tables, Tensor addresses, Tensor widths, Tensor counts, Tensor grad_out,
@@ -198,8 +156,8 @@ void store_update_pooled(int64_t handle, Tensor keys, Tensor tables, Tensor addr
                          std::optional<Tensor> lookup_norms, double lr, int64_t step, int64_t quota) {
   const Current shard(handle);
   const ShardConfig& config = shard->config();
-  const auto rows = update_of(keys, tables, addresses, widths, counts, lookup_norms, grad_out.numel(), lr, step, quota);
-  const Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks);
+  const auto rows = update_on(kPlace, keys, tables, addresses, widths, counts, lookup_norms, grad_out.numel(), lr, step, quota);
+  const Bags bags = bags_on(kPlace, inverse, offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks);
   shard->update_pooled(rows, bags, inverse.numel(),
                        read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * bags.dim()));
 }
@@ -283,7 +241,7 @@ Tensor pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, std::o
   const OnDevice on(values);
   const ScalarType type = real_type(values, "values");
   const int64_t rows = widths.numel();
-  const Bags bags = bags_of(inverse, offsets, weights, type, features, mean, chunk, chunks);
+  const Bags bags = bags_on(kPlace, inverse, offsets, weights, type, features, mean, chunk, chunks);
   Tensor out = make_beside(values, {bags.batch, features, chunk * chunks}, type);
   with_real(type, [&](auto real) {
     using Real = decltype(real);
@@ -299,7 +257,7 @@ Tensor pool_backward(Tensor grad_out, Tensor widths, Tensor inverse, Tensor offs
   const ScalarType type = real_type(grad_out, "grad_out");
   const int64_t rows = widths.numel();
   const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", rows);
-  const Bags bags = bags_of(inverse, offsets, weights, type, features, mean, chunk, chunks);
+  const Bags bags = bags_on(kPlace, inverse, offsets, weights, type, features, mean, chunk, chunks);
   Tensor starts = make_beside(grad_out, {rows + 1}, ScalarType::Long);
   const int64_t size = device::row_starts(on.stream(), rows, widths_data, bags.chunk, bags.chunks, fold, data<int64_t>(starts));
   Tensor out = make_beside(grad_out, {size}, type);
@@ -316,7 +274,7 @@ Tensor pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tens
   const OnDevice on(grad_out);
   const ScalarType type = real_type(grad_out, "grad_out");
   const int64_t rows = widths.numel();
-  const Bags bags = bags_of(inverse, offsets, std::nullopt, type, features, mean, chunk, chunks);
+  const Bags bags = bags_on(kPlace, inverse, offsets, std::nullopt, type, features, mean, chunk, chunks);
   Tensor out = make_beside(grad_out, {inverse.numel()}, type);
   with_real(type, [&](auto real) {
     using Real = decltype(real);
@@ -330,7 +288,7 @@ Tensor pool_weights_backward(Tensor grad_out, Tensor values, Tensor widths, Tens
 Tensor lookup_norms(Tensor grad_out, int64_t rows, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features,
                     bool mean, int64_t dim) {
   const OnDevice on(grad_out);
-  const Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, dim, 1);
+  const Bags bags = bags_on(kPlace, inverse, offsets, weights, ScalarType::Float, features, mean, dim, 1);
   Tensor out = make_beside(grad_out, {rows}, ScalarType::Float);
   device::lookup_norms(on.stream(), bags, inverse.numel(),
                        read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * dim), rows, data<float>(out));
