@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fiited_ray.tune.measure import Measure
 from fiited_ray.tune.records import Trial
+from fiited_ray.tune.seeds import SEED, SPREAD, without_seed
 from fiited_ray.tune.space import BUDGET, FULL, METHOD
 
 MIB = 2**20
@@ -27,7 +28,7 @@ class Reference:
             return Reference(known, "full width")
         scored = finished(trials, measure)
         for trial in scored:
-            if trial.settings.keys() == {METHOD, BUDGET} and trial.method == FULL:
+            if without_seed(trial.settings).keys() == {METHOD, BUDGET} and trial.method == FULL:
                 return Reference(trial.metrics[measure.key], "full width")
         best = max(scored, key=lambda trial: -measure.lost(trial.metrics[measure.key], 0.0), default=None)
         return None if best is None else Reference(best.metrics[measure.key], "the best trial")
@@ -78,7 +79,10 @@ def answer(trials: Sequence[Trial], measure: Measure, reference: Reference | Non
 def _told(trial: Trial, measure: Measure) -> str:
     values = trial.metrics
     share = f", {values[BYTES] / values[DENSE]:.2%} of full-width tables" if values.get(DENSE) else ""
-    return f"{trial.name} ({values[BYTES] / MIB:,.1f} MiB, everything counted{share}; {measure.label} {values[measure.key]:.4f})"
+    quality = f"{measure.label} {values[measure.key]:.4f}"
+    if measure.key + SPREAD in values:
+        quality += f" ± {values[measure.key + SPREAD]:.4f} over {len(trial.settings[SEED])} seeds"
+    return f"{trial.name} ({values[BYTES] / MIB:,.1f} MiB, everything counted{share}; {quality})"
 
 
 def table(trials: Sequence[Trial], measure: Measure, reference: Reference | None, best: Trial | None) -> str:
@@ -104,7 +108,10 @@ def _row(trial: Trial, measure: Measure, reference: Reference | None, taken: boo
     values = trial.metrics
 
     def show(key: str, form: str, scale: float = 1.0) -> str:
-        return format(values[key] / scale, form) if key in values else "-"
+        if key not in values:
+            return "-"
+        spread = f" ± {values[key + SPREAD] / scale:{form}}" if key + SPREAD in values else ""
+        return format(values[key] / scale, form) + spread
 
     quality = values.get(measure.key)
     lost = "-" if quality is None or reference is None else f"{measure.lost(quality, reference.value):+.4f}"

@@ -146,4 +146,6 @@ def budget_label(budget: str) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_short, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

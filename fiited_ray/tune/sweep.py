@@ -30,6 +30,7 @@ from fiited_ray.tune.progress import Keeper
 from fiited_ray.tune.records import Folder, Trial
 from fiited_ray.tune.scheduler import AshaByBudget
 from fiited_ray.tune.search import QualityAndBytes, covers
+from fiited_ray.tune.seeds import SEED, over_seeds, without_seed
 from fiited_ray.tune.space import FULL, Choices, Range, Settings, settings_of
 from fiited_ray.tune.trial import Setup, parent_tags, run_trial
 
@@ -226,7 +227,7 @@ def _parent(question: Question, folder: Folder, plan: Plan) -> tracking.RunRef:
 def _conclude(question: Question, keeper: Keeper, plan: Plan, parent: tracking.RunRef) -> Outcome:
     """Answer, and leave table, plots and the best configuration in the folder and in MLflow."""
     measure, folder = question.measure, keeper.shared.folder
-    trials = keeper.trials()
+    trials = over_seeds(keeper.trials())
     reference = Reference.of(trials, measure, question.baseline)
     where = " on synthetic data" if plan.files.synthetic else ""
     found = answer(trials, measure, reference, where)
@@ -251,11 +252,16 @@ def _conclude(question: Question, keeper: Keeper, plan: Plan, parent: tracking.R
 
 def best_config(base: Config, best: Trial) -> Config:
     """The configuration that trains the best trial anew, as a run of its own."""
-    return base.with_settings({**best.settings, "name": f"{base.name}-best"})
+    return base.with_settings({**_settings_alone(best), "name": f"{base.name}-best"})
+
+
+def _settings_alone(best: Trial) -> Settings:
+    """A trial's settings; of several seeds, those with the sweep's own."""
+    return best.settings if not isinstance(best.settings.get(SEED), tuple) else without_seed(best.settings)
 
 
 def _log_best(setup: Setup, best: Trial, parent: tracking.RunRef) -> None:
     """Put the best trial's model among MLflow's, unless it is there."""
     ref = tracking.RunRef(parent.uri, parent.experiment_id, best.run_id)
     if best.model_folder and not tracking.has_model(ref):
-        log_model(ref, make_plan(setup.config(best.settings), setup.ids_by_table), best.model_folder, best.metrics)
+        log_model(ref, make_plan(setup.config(_settings_alone(best)), setup.ids_by_table), best.model_folder, best.metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -19,7 +20,9 @@ from fiited_ray.tune.pareto import front, page, picture
 from fiited_ray.tune.records import Folder, Trial, trial_digest
 from fiited_ray.tune.scheduler import octave_of
 from fiited_ray.tune.search import QualityAndBytes, covers
+from fiited_ray.tune.seeds import over_seeds
 from fiited_ray.tune.space import Choices, Range, grid, label, parse_budgets, parse_vary, settings_of
+from fiited_ray.tune.sweep import best_config
 
 AUC = Measure("auc", "eval", 0.01)
 NE = Measure("ne", "eval", 0.01)
@@ -229,3 +232,44 @@ def test_a_damaged_record_is_refused_by_its_file(config: Config) -> None:
     path.write_text(json.dumps({"settings": {}, "colour": 1}))
     with pytest.raises(ConfigError, match=r"0\.json: not a trial's record"):
         folder.trial("0")
+
+
+def test_trials_of_several_seeds_are_compared_by_their_means() -> None:
+    """The luckiest seed of the smaller budget is within the drop, its mean is not."""
+
+    def seeded(method: str, budget: str, mib: float, aucs: list[float]) -> list[Trial]:
+        return [
+            dataclasses.replace(each, settings=each.settings | {"seed": seed}, run_id=f"{method}{seed}")
+            for seed, auc in enumerate(aucs)
+            for each in [trial(method, budget, auc, mib)]
+        ]
+
+    trials = seeded("full", "", 1024, [0.80, 0.82])
+    trials += seeded("fiited", "25%", 250, [0.795, 0.815]) + seeded("fiited", "6.25%", 60, [0.81, 0.76])
+    together = over_seeds(trials)
+    assert [each.name for each in together] == ["full seed=0,1", "fiited 25% seed=0,1", "fiited 6.25% seed=0,1"]
+    reference = Reference.of(together, AUC)
+    assert reference is not None
+    assert (reference.name, reference.value) == ("full width", pytest.approx(0.81))
+    found = answer(together, AUC, reference)
+    assert found.best is not None
+    assert found.best.settings["budget"] == "25%"
+    assert found.best.run_id == "fiited0"
+    assert "0.8050 ± 0.0141 over 2 seeds" in found.sentence
+    assert "0.7850 ± 0.0354" in table(together, AUC, reference, found.best)
+    best = best_config(Config(data=DataConfig(categorical=("a", "b")), seed=7), found.best)
+    assert (best.seed, str(best.budget)) == (7, "25%")
+
+
+def test_a_seed_that_failed_leaves_its_configuration_out_of_the_answer() -> None:
+    lost = Trial(settings_of("fiited", "6.25%") | {"seed": 1}, "failed", error="worker 0: no memory")
+    won = dataclasses.replace(trial("fiited", "6.25%", 0.9, 60), settings=settings_of("fiited", "6.25%") | {"seed": 0})
+    together = over_seeds([*TRIALS[:2], won, lost])
+    found = answer(together, AUC, Reference.of(together, AUC))
+    assert found.best is not None
+    assert found.best.settings["budget"] == "50%"
+    assert "failed: worker 0: no memory" in table(together, AUC, None, found.best)
+
+
+def test_one_seed_stays_as_it_is() -> None:
+    assert over_seeds(TRIALS) == TRIALS
