@@ -48,7 +48,7 @@ sanitize: $(VENV)/.dependencies $(VENV)/.dev  ## the store's tests under Address
 	@FIITED_RAY_SANITIZE=1 $(bin)/python setup.py -q build --build-base build/sanitize --build-lib $(sanitized)
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(sanitized) \
-	  $(bin)/python -P -m pytest -q -p no:cacheprovider tests/store --ignore tests/store/test_builds.py
+	  $(bin)/python -P -m pytest -q --capture=sys -p no:cacheprovider tests/store --ignore tests/store/test_builds.py
 
 lint: $(VENV)/.built $(VENV)/.dev  ## formatting, lint and types
 	@$(bin)/ruff check .
