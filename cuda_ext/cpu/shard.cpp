@@ -234,10 +234,7 @@ class ShardOf final : public CpuShard {
   }
 
   std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) override {
-    std::vector<uint16_t> range_of(kBuckets, 0);
-    for (size_t range = 0; range < ends.size(); ++range) {
-      for (uint32_t bucket = range ? ends[range - 1] : 0; bucket < ends[range]; ++bucket) range_of[bucket] = static_cast<uint16_t>(range);
-    }
+    const std::vector<uint16_t> range_of = ranges_of_buckets(ends);
     const auto each = [&](auto&& visit) {
       for (int width = 1; width <= layout_.chunks; ++width) {
         for (uint32_t at = 0; at < pools_.count(width); ++at) {
@@ -291,8 +288,10 @@ class ShardOf final : public CpuShard {
             refused_, resized_,         evicted_,       admitted_bytes_, asked_bytes_};
   }
 
-  uint16_t* sketch_cells() override { return cells_; }
-  uint8_t* distinct_registers() override { return distinct_.registers().data(); }
+  void sketch(uint16_t* cells, uint8_t* registers) const override {
+    std::copy_n(cells_, config_.sketch_bytes() / static_cast<int64_t>(sizeof(uint16_t)), cells);
+    std::copy(distinct_.registers().begin(), distinct_.registers().end(), registers);
+  }
 
   void restore(const ShardState& state, double threshold) override {
     require_no_rows("restore");
@@ -363,10 +362,11 @@ class ShardOf final : public CpuShard {
     }
   }
 
-  void put_bucket(uint32_t bucket, const uint16_t* cells, int base, const uint8_t* registers) override {
-    sketch_.put_bucket(bucket, cells, base);
-    std::copy(registers, registers + DistinctCounter::kPerBucket,
-              distinct_.registers().data() + size_t{DistinctCounter::kPerBucket} * (bucket - config_.first_bucket));
+  void put_sketch(uint32_t first_bucket, uint32_t buckets, const uint16_t* cells, int base, const uint8_t* registers) override {
+    const int64_t in_bucket = int64_t{config_.sketch_sets} * kSketchEntries;
+    for (uint32_t at = 0; at < buckets; ++at) sketch_.put_bucket(first_bucket + at, cells + at * in_bucket, base);
+    std::copy_n(registers, size_t{kRegistersPerBucket} * buckets,
+                distinct_.registers().data() + size_t{kRegistersPerBucket} * (first_bucket - config_.first_bucket));
   }
 
   void seal() override {

@@ -1,36 +1,20 @@
-// Rows in and out of a shard in device memory, and the check of all its invariants.
-#include <numeric>
-
+// Rows out of a shard in device memory, and the check of all its invariants.
 #include "cuda/shard.h"
 
 namespace fiited::device {
 
-// Numbers of a row's vector and state, between where the row stands and lists of rows one behind the other.
+// Rows' vectors and states, in lists of numbers one behind the other.
 template <class Stored>
-void DeviceShard::write_rows(int64_t n, const uint32_t* addresses, const float* values, const int64_t* value_starts, const float* state,
-                             const int64_t* state_starts, bool out) const {
+void DeviceShard::write_rows(int64_t n, const uint32_t* addresses, float* values, const int64_t* value_starts, float* state,
+                             const int64_t* state_starts) const {
   const View view = this->view();
-  launch_tiles(stream_, n, 0, [view, addresses, values, value_starts, state, state_starts, out] FIITED_KERNEL(int64_t i, const Tile& tile) {
+  launch_tiles(stream_, n, 0, [view, addresses, values, value_starts, state, state_starts] FIITED_KERNEL(int64_t i, const Tile& tile) {
     const uint32_t address = addresses[i];
     const int width = view.addresses.width(address);
-    auto* const vector = reinterpret_cast<typename Stored::Bits*>(view.row(address) + sizeof(RowHeader));
-    float* const own_state = view.state(address);
-    auto* const listed = const_cast<float*>(values) + value_starts[i];
-    auto* const listed_state = const_cast<float*>(state) + state_starts[i];
-    tile.each(width * view.layout.chunk, [&](int d) {
-      if (out) {
-        listed[d] = Stored::to_float(vector[d]);
-      } else {
-        vector[d] = Stored::from_float(listed[d], 0);
-      }
-    });
-    tile.each(view.layout.state_bytes(width) / 4, [&](int d) {
-      if (out) {
-        listed_state[d] = own_state[d];
-      } else {
-        own_state[d] = listed_state[d];
-      }
-    });
+    const auto* const vector = reinterpret_cast<const typename Stored::Bits*>(view.row(address) + sizeof(RowHeader));
+    const float* const own_state = view.state(address);
+    tile.each(width * view.layout.chunk, [&](int d) { values[value_starts[i] + d] = Stored::to_float(vector[d]); });
+    tile.each(view.layout.state_bytes(width) / 4, [&](int d) { state[state_starts[i] + d] = own_state[d]; });
   });
 }
 
@@ -116,88 +100,11 @@ ExportedRows DeviceShard::export_rows(uint32_t first_bucket, uint32_t end_bucket
   const Scratch<float> state(stream_, state_size);
   with_storage(config_.storage, [&](auto stored) {
     write_rows<decltype(stored)>(n, reinterpret_cast<const uint32_t*>(ordered.get()), values.get(), value_starts.get(), state.get(),
-                                 state_starts.get(), true);
+                                 state_starts.get());
   });
   return {read_back(stream_, raw_ids.get(), n),          read_back(stream_, out_tables.get(), n),
           read_back(stream_, widths.get(), n),           read_back(stream_, importance.get(), n),
           read_back(stream_, values.get(), values_size), read_back(stream_, state.get(), state_size)};
-}
-
-void DeviceShard::import_rows(const ExportedRows& rows) {
-  const auto n = static_cast<int64_t>(rows.raw_ids.size());
-  if (n == 0) return;
-  const View view = this->view();
-  const Scratch<int64_t> raw_ids(stream_, n);
-  const Scratch<int32_t> tables(stream_, n);
-  const Scratch<uint8_t> widths(stream_, n);
-  const Scratch<float> importance(stream_, n);
-  const Scratch<uint64_t> keys(stream_, n);
-  upload(stream_, raw_ids.get(), rows.raw_ids.data(), n);
-  upload(stream_, tables.get(), rows.tables.data(), n);
-  upload(stream_, widths.get(), rows.widths.data(), n);
-  upload(stream_, importance.get(), rows.importance.data(), n);
-  launch(stream_, n,
-         [view, seed = config_.seed, raw_ids = raw_ids.get(), tables = tables.get(), keys = keys.get(),
-          importance = importance.get()] FIITED_KERNEL(int64_t i) {
-           keys[i] = key_of(static_cast<uint64_t>(raw_ids[i]), table_salt(seed, static_cast<uint32_t>(tables[i])));
-           importance[i] *= view.scale;
-         });
-
-  // The first row that is foreign, doubled, or finds no room.
-  const Scratch<int32_t> first(stream_, n);
-  find_first(stream_, n, keys.get(), tables.get(), first.get());
-  const Scratch<int64_t> bytes(stream_, n);
-  const Scratch<int64_t> before(stream_, n);
-  launch(stream_, n, [view, widths = widths.get(), bytes = bytes.get()] FIITED_KERNEL(int64_t i) {
-    bytes[i] = view.layout.stride(widths[i]) + Index::kBytesPerRow;
-  });
-  exclusive_scan(stream_, n, bytes.get(), before.get());
-  const Scratch<int64_t> wrong(stream_, 3);
-  launch(stream_, 3, [wrong = wrong.get()] FIITED_KERNEL(int64_t kind) { wrong[kind] = kNoFault; });
-  launch(stream_, n,
-         [view, room = room(), keys = keys.get(), tables = tables.get(), first = first.get(), bytes = bytes.get(), before = before.get(),
-          wrong = wrong.get()] FIITED_KERNEL(int64_t i) {
-           if (!view.belongs(keys[i])) {
-             atomic_min(wrong, i);
-           } else if (first[i] != i || view.find(keys[i], tables[i]) != kAbsent) {
-             atomic_min(wrong + 1, i);
-           } else if (before[i] + bytes[i] > room) {
-             atomic_min(wrong + 2, i);
-           }
-         });
-  const std::vector<int64_t> found = read_back(stream_, wrong.get(), 3);
-  const auto kind = std::min_element(found.begin(), found.end()) - found.begin();
-  if (const int64_t at = found[kind]; at != kNoFault) {
-    const std::string name = "import: row " + std::to_string(at) + " (table " + std::to_string(rows.tables[at]) + ", id " +
-                             std::to_string(rows.raw_ids[at]) + ")";
-    const std::string full = " does not fit into the limit of " + std::to_string(limit_) + " bytes";
-    throw std::runtime_error(name + (kind == 0 ? " belongs to another shard" : kind == 1 ? " is already in the store" : full));
-  }
-
-  Board board{};
-  for (int64_t i = 0; i < n; ++i) {
-    ++board.by_width[rows.widths[i]];
-    const uint64_t key = key_of(static_cast<uint64_t>(rows.raw_ids[i]), table_salt(config_.seed, static_cast<uint32_t>(rows.tables[i])));
-    ++board.by_part[partition_bits(key) >> (10 - config_.partitions_log2())];
-  }
-  std::vector<int32_t> order(n);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return rows.widths[a] < rows.widths[b]; });
-  const Scratch<int32_t> chosen(stream_, n);
-  const Scratch<uint32_t> addresses(stream_, n);
-  upload(stream_, chosen.get(), order.data(), n);
-  admit({n, chosen.get(), keys.get(), tables.get(), widths.get(), importance.get(), addresses.get(), nullptr}, board);
-
-  const Scratch<float> values(stream_, static_cast<int64_t>(rows.values.size()));
-  const Scratch<float> state(stream_, static_cast<int64_t>(rows.state.size()));
-  upload(stream_, values.get(), rows.values.data(), static_cast<int64_t>(rows.values.size()));
-  upload(stream_, state.get(), rows.state.data(), static_cast<int64_t>(rows.state.size()));
-  const Scratch<int64_t> value_starts(stream_, n + 1);
-  const Scratch<int64_t> state_starts(stream_, n + 1);
-  list_starts(stream_, layout_, n, widths.get(), value_starts.get(), state_starts.get());
-  with_storage(config_.storage, [&](auto stored) {
-    write_rows<decltype(stored)>(n, addresses.get(), values.get(), value_starts.get(), state.get(), state_starts.get(), false);
-  });
 }
 
 void DeviceShard::check() const {

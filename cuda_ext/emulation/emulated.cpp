@@ -3,5 +3,6 @@
 #include "cuda/pooling.cu"
 #include "cuda/round.cu"
 #include "cuda/rows.cu"
+#include "cuda/saving.cu"
 #include "cuda/shard.cu"
 #include "cuda/update.cu"
