@@ -52,7 +52,7 @@ def test_all_rows_that_changed_in_the_twin_are_given_out_and_sketches_are_equal(
             for address, table, raw, vector in zip(everything.tolist(), now.tables.tolist(), now.raw_ids.tolist(), vectors, strict=True):
                 assert held[address] == (table, raw, vector.numpy().tobytes())
     cells, base = twin.sketch_cells()
-    assert torch.equal(shard.sketch()[0].sort(1)[0], cells.sort(1)[0])  # a round hands rows back in an order of its own
+    assert torch.equal(shard.sketch()[0].sort(1)[0], cells.cpu().sort(1)[0])  # a round hands rows back in an order of its own
     assert shard.state()[2] == base
 
 
@@ -82,7 +82,7 @@ def test_rows_come_back_bit_for_bit(optimizer: str, storage: str, placed: bool) 
     again.restore(shard.state(), shard.threshold)
     if placed:
         again.reserve(shard.rows_by_width().sum(0).tolist())
-    order = torch.randperm(len(addresses), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(addresses), generator=torch.Generator().manual_seed(0)).cpu()
     again.put(pick(rows, order, spec.chunk, spec.state_sizes()), addresses[order], placed)
     again.seal()
     again.check()
@@ -218,7 +218,7 @@ def test_an_address_without_a_row_is_not_taken() -> None:
     learn(shard, [1, 2], torch.ones(2, 12), 1)
     for address in (-1, 0):  # a place of width 1: both rows have full width
         with pytest.raises(RuntimeError, match=f"no row stands at address {address % 2**32}"):
-            shard.take(torch.tensor([address], dtype=torch.int32))
+            shard.take(torch.tensor([address], dtype=torch.int32, device="cpu"))
 
 
 @pytest.mark.parametrize("ends", [[], [512], [1024, 512], [2048]])
