@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/importance.h"
 #include "core/layout.h"
 #include "core/numeric.h"
 
@@ -67,6 +68,7 @@ ShardStats stats_of_rows(const RowLayout& layout, CountOf&& count_of) {
   return stats;
 }
 
+// Rows ordered by key, and by table where keys are equal.
 struct ExportedRows {
   std::vector<int64_t> raw_ids;
   std::vector<int32_t> tables;
@@ -149,13 +151,15 @@ class Shard {
   virtual void rows_by_width(int64_t* out) const = 0;  // [tables, chunks]
   virtual void reset_round_counters() = 0;
 
-  virtual ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const = 0;
+  ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const;
   virtual void check() const = 0;
 
   // Saving. Addresses of the rows that were written or moved since the last call (or of all rows), those of each range of buckets
   // together: range i ends before ends[i]. From now on these rows count as saved.
   virtual std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) = 0;
   // Rows at addresses, exactly as they are held: importance scaled, vectors in the storage type.
+  // Addresses of all rows of these buckets.
+  virtual std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const = 0;
   virtual void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const = 0;
   virtual void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const = 0;
   virtual ShardState state() const = 0;
@@ -174,8 +178,9 @@ class Shard {
   double threshold() const { return threshold_; }
 
  protected:
-  explicit Shard(const ShardConfig& config) : config_(config) {}
+  explicit Shard(const ShardConfig& config) : config_(config), decay_(config.decay) {}
   ShardConfig config_;
+  Decay decay_;
   double threshold_ = 0.0;
 };
 

@@ -2,8 +2,15 @@
 #include <numeric>
 
 #include "cuda/shard.h"
+#include "cuda/staging.h"
 
 namespace fiited::device {
+
+// Rows as the host lists them.
+struct Listed {
+  std::vector<uint32_t> addresses;
+  std::vector<uint16_t> buckets;
+};
 
 // What the host reads about rows that are to come: the first refusal, by row and then by kind; and how many go into each partition.
 struct Coming {
@@ -13,9 +20,8 @@ struct Coming {
 
 namespace {
 
-// Rows that are looked at together, and bytes of rows that are staged at a time; emulated, so few that every test goes over their ends.
+// Rows that are listed together; emulated, so few that every test goes over their end.
 constexpr int64_t kRowsAtATime = kEmulated ? 100 : int64_t{1} << 22;
-constexpr int64_t kStagedBytes = kEmulated ? 4096 : int64_t{64} << 20;
 
 // Why a row is refused, in the order in which that is looked for.
 enum class Refusal : int { kForeign, kInfinite, kNaN, kDoubled, kNoAddress, kTaken, kNoRoom, kCount };
@@ -36,101 +42,12 @@ FIITED_DEVICE void refuse(Coming* coming, int64_t row, Refusal why) {
   atomic_min(&coming->refused, row * static_cast<int64_t>(Refusal::kCount) + static_cast<int64_t>(why));
 }
 
-// Calls visit(first, count, rows) for one piece after the other of `n` rows of the host's.
-template <class Visit>
-void in_pieces(const RowLayout& layout, int64_t n, const HeldRows& rows, const Visit& visit) {
-  const int64_t most = std::max<int64_t>(1, kStagedBytes / layout.stride(layout.chunks));
-  HeldRows piece = rows;
-  for (int64_t first = 0; first < n; first += most) {
-    const int64_t count = std::min(most, n - first);
-    visit(first, count, piece);
-    int64_t value_bytes = 0;
-    int64_t state_bytes = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      value_bytes += layout.vector_bytes(piece.widths[i]);
-      state_bytes += layout.state_bytes(piece.widths[i]);
-    }
-    piece = piece.behind(count, value_bytes, state_bytes / 4);
-  }
-}
-
-// Where each of some rows begins in a list of their vectors and one of their states, in numbers: [n + 1]. The last is the size.
-struct Begins {
-  std::vector<int64_t> values{0};
-  std::vector<int64_t> state{0};
-
-  Begins(const RowLayout& layout, int64_t n, const uint8_t* widths) {
-    for (int64_t i = 0; i < n; ++i) {
-      values.push_back(values.back() + widths[i] * layout.chunk);
-      state.push_back(state.back() + layout.state_bytes(widths[i]) / 4);
-    }
-  }
-};
-
-// A piece of rows on the device, with room for all columns.
-class Staged {
- public:
-  Staged(Stream stream, const RowLayout& layout, int64_t n, const HeldRows& host)
-      : begins_(layout, n, host.widths),
-        stream_(stream),
-        value_bytes_(layout.value_bytes),
-        n_(n),
-        host_(host),
-        raw_ids_(stream, n),
-        tables_(stream, n),
-        widths_(stream, n),
-        importance_(stream, n),
-        values_(stream, begins_.values.back() * layout.value_bytes),
-        state_(stream, begins_.state.back()),
-        value_starts_(stream, n + 1),
-        state_starts_(stream, n + 1) {
-    upload(stream_, value_starts_.get(), begins_.values.data(), n + 1);
-    upload(stream_, state_starts_.get(), begins_.state.data(), n + 1);
-  }
-
-  StagedRows rows() const {
-    return {{raw_ids_.get(), tables_.get(), widths_.get(), importance_.get(), values_.get(), state_.get()},
-            value_starts_.get(),
-            state_starts_.get()};
-  }
-  // Widths, which the host knows beforehand, do not come back.
-  void to_host() const {
-    read_back(stream_, raw_ids_.get(), host_.raw_ids, n_);
-    read_back(stream_, tables_.get(), host_.tables, n_);
-    read_back(stream_, importance_.get(), host_.importance, n_);
-    read_back(stream_, values_.get(), static_cast<std::byte*>(host_.values), begins_.values.back() * value_bytes_);
-    read_back(stream_, state_.get(), host_.state, begins_.state.back());
-  }
-  void to_device() const {
-    upload(stream_, raw_ids_.get(), host_.raw_ids, n_);
-    upload(stream_, tables_.get(), host_.tables, n_);
-    upload(stream_, widths_.get(), host_.widths, n_);
-    upload(stream_, importance_.get(), host_.importance, n_);
-    upload(stream_, values_.get(), static_cast<const std::byte*>(host_.values), begins_.values.back() * value_bytes_);
-    upload(stream_, state_.get(), host_.state, begins_.state.back());
-  }
-
- private:
-  Begins begins_;
-  Stream stream_;
-  int value_bytes_;
-  int64_t n_;
-  HeldRows host_;
-  Scratch<int64_t> raw_ids_;
-  Scratch<int32_t> tables_;
-  Scratch<uint8_t> widths_;
-  Scratch<float> importance_;
-  Scratch<std::byte> values_;
-  Scratch<float> state_;
-  Scratch<int64_t> value_starts_, state_starts_;
-};
-
 }  // namespace
 
-std::vector<uint32_t> DeviceShard::changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) {
+// All rows, or those that changed, by width and position; with `mark` they count as saved from now on.
+Listed DeviceShard::list_rows(bool all, bool mark) const {
   const View view = this->view();
-  std::vector<uint32_t> found;
-  std::vector<uint16_t> buckets;
+  Listed found;
   const Scratch<int64_t> wanted(stream_, kRowsAtATime + 1);
   const Scratch<int64_t> rank(stream_, kRowsAtATime + 1);
   const Scratch<uint32_t> addresses(stream_, kRowsAtATime);
@@ -143,32 +60,45 @@ std::vector<uint32_t> DeviceShard::changed(bool all, const std::vector<uint32_t>
       });
       exclusive_scan(stream_, n + 1, wanted.get(), rank.get());
       launch(stream_, n,
-             [view, width, begin, wanted = wanted.get(), rank = rank.get(), addresses = addresses.get(),
+             [view, mark, width, begin, wanted = wanted.get(), rank = rank.get(), addresses = addresses.get(),
               bucket_at = bucket_at.get()] FIITED_KERNEL(int64_t i) {
                if (!wanted[i]) return;
                const uint32_t address = view.addresses.of(width, static_cast<uint32_t>(begin + i));
                RowHeader& header = view.header(address);
                addresses[rank[i]] = address;
                bucket_at[rank[i]] = static_cast<uint16_t>(bucket_of(header.key));
-               header.mark = Mark::kSaved;
+               if (mark) header.mark = Mark::kSaved;
              });
-      const auto before = static_cast<int64_t>(found.size());
+      const auto before = static_cast<int64_t>(found.addresses.size());
       const int64_t more = read_one(stream_, rank.get() + n);
       if (more == 0) continue;
-      found.resize(before + more);
-      buckets.resize(before + more);
-      read_back(stream_, addresses.get(), found.data() + before, more);
-      read_back(stream_, bucket_at.get(), buckets.data() + before, more);
+      found.addresses.resize(before + more);
+      found.buckets.resize(before + more);
+      read_back(stream_, addresses.get(), found.addresses.data() + before, more);
+      read_back(stream_, bucket_at.get(), found.buckets.data() + before, more);
     }
   }
+  return found;
+}
 
+std::vector<uint32_t> DeviceShard::addresses_in(uint32_t first_bucket, uint32_t end_bucket) const {
+  const Listed rows = list_rows(true, false);
+  std::vector<uint32_t> addresses;
+  for (size_t i = 0; i < rows.addresses.size(); ++i) {
+    if (rows.buckets[i] >= first_bucket && rows.buckets[i] < end_bucket) addresses.push_back(rows.addresses[i]);
+  }
+  return addresses;
+}
+
+std::vector<uint32_t> DeviceShard::changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) {
+  const Listed rows = list_rows(all, true);
   const std::vector<uint16_t> range_of = ranges_of_buckets(ends);
   counts.assign(ends.size(), 0);
-  for (const uint16_t bucket : buckets) ++counts[range_of[bucket]];
+  for (const uint16_t bucket : rows.buckets) ++counts[range_of[bucket]];
   std::vector<int64_t> next(ends.size(), 0);
   std::partial_sum(counts.begin(), counts.end() - 1, next.begin() + 1);
-  std::vector<uint32_t> by_range(found.size());
-  for (size_t i = 0; i < found.size(); ++i) by_range[next[range_of[buckets[i]]]++] = found[i];
+  std::vector<uint32_t> by_range(rows.addresses.size());
+  for (size_t i = 0; i < by_range.size(); ++i) by_range[next[range_of[rows.buckets[i]]]++] = rows.addresses[i];
   return by_range;
 }
 

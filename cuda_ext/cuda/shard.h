@@ -45,14 +45,9 @@ struct Starts {
   uint32_t first[kMostChunks + 2];
 };
 
-// Rows on the device, on their way to the host's memory or from there.
-struct StagedRows {
-  HeldRows rows;
-  const int64_t* value_starts;  // of each row's vector among `values`, in numbers
-  const int64_t* state_starts;
-};
-
+struct StagedRows;
 struct Coming;
+struct Listed;
 
 // Rows that a list of keys gets.
 struct NewRows {
@@ -82,9 +77,9 @@ class DeviceShard final : public StepShard {
   ShardStats stats() override;
   void rows_by_width(int64_t* out) const override;
   void reset_round_counters() override;
-  ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const override;
   void check() const override;
 
+  std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const override;
   std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) override;
   void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const override;
   void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const override;
@@ -136,9 +131,7 @@ class DeviceShard final : public StepShard {
   void inspect_rows(int64_t n, const StagedRows& staged, uint64_t* keys, const uint32_t* addresses, Coming* coming) const;
   template <class Stored>
   void scatter_rows(int64_t n, const StagedRows& staged, const uint64_t* keys, const uint32_t* addresses) const;
-  template <class Stored>
-  void write_rows(int64_t n, const uint32_t* addresses, float* values, const int64_t* value_starts, float* state,
-                  const int64_t* state_starts) const;
+  Listed list_rows(bool all, bool mark) const;
 
   Stream stream_ = nullptr;
   Memory ledger_;
@@ -152,7 +145,6 @@ class DeviceShard final : public StepShard {
   Scratch<uint32_t> left_;    // [kMostParts] index entries erased in this round
   std::vector<int64_t> row_bytes_;
   std::vector<float> cuts_;
-  Decay decay_;
   int64_t step_ = 0;  // of the last update
   int64_t limit_ = 0;
   int64_t planned_ = 0;
@@ -161,15 +153,5 @@ class DeviceShard final : public StepShard {
   mutable bool stale_ = true;  // whether counters have moved since
   int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0, asked_bytes_ = 0;
 };
-
-// Calls visit(Stored{}) with the type that rows are stored in.
-template <class Visit>
-auto with_storage(Storage storage, Visit&& visit) {
-  switch (storage) {
-    case Storage::kBFloat16: return visit(BFloat16{});
-    case Storage::kFloat16: return visit(Float16{});
-    default: return visit(Float32{});
-  }
-}
 
 }  // namespace fiited::device
