@@ -42,7 +42,7 @@ emulation: $(VENV)/.emulated  ## build the CUDA sources for the CPU, as the test
 
 cuda-check: $(VENV)/.emulated $(VENV)/.dev  ## compile the CUDA sources where nvcc is, and test them emulated; no GPU is needed
 	@$(bin)/python cuda_ext/nvcc.py build/cuda
-	@$(bin)/python -m pytest -q tests/store/test_devices.py
+	@$(bin)/python -m pytest -q tests/store/test_devices.py tests/store/test_saving.py -k "devices or emulated"
 
 sanitize: $(VENV)/.dependencies $(VENV)/.dev  ## the store's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@FIITED_RAY_SANITIZE=1 $(bin)/python setup.py -q build --build-base build/sanitize --build-lib $(sanitized)

@@ -94,7 +94,9 @@ SANITIZED = bool(os.environ.get("FIITED_RAY_SANITIZE"))
 def store_on_device(name: str, sources: list[Path], *flags: str, **more: Any) -> Extension:
     """The store of cuda_ext/cuda, for GPUs or emulated."""
     extension = kernels(name, *flags)
-    extension.sources = [str(KERNELS / "cuda" / "binding.cpp"), str(KERNELS / "cpu" / "plan.cpp"), *map(str, sources)]
+    extension.sources = [
+        *map(str, (KERNELS / "cuda" / "binding.cpp", KERNELS / "cpu" / "plan.cpp", KERNELS / "cpu" / "export.cpp", *sources))
+    ]
     for key, value in more.items():
         setattr(extension, key, value)
     return extension

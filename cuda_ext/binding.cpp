@@ -2,6 +2,7 @@
 
 #include "binding.h"
 
+#include "binding_saving.h"
 #include "cpu/batch.h"
 #include "cpu/buffers.h"
 #include "cpu/distinct.h"
@@ -280,129 +281,6 @@ void store_update_pooled(int64_t handle, Tensor keys, Tensor tables, Tensor addr
   shard->update_pooled(rows, bags, read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * bags.dim()));
 }
 
-// ---- saving and loading --------------------------------------------------------------------------------------------
-
-ScalarType storage_type(const ShardConfig& config) {
-  switch (config.storage) {
-    case fiited::Storage::kFloat32: return ScalarType::Float;
-    case fiited::Storage::kBFloat16: return ScalarType::BFloat16;
-    case fiited::Storage::kFloat16: return ScalarType::Half;
-  }
-  fail("unknown storage type");
-}
-
-// Addresses of the rows changed since the last call, or of all; and how many of them belong to each range of buckets.
-std::tuple<Tensor, Tensor> store_changed(int64_t handle, bool all, std::vector<int64_t> ends) {
-  const auto shard = shard_at(handle);
-  REQUIRE(!ends.empty() && ends.back() == shard->config().end_bucket, "the last range must end where the shard's buckets do");
-  for (size_t i = 0; i < ends.size(); ++i) REQUIRE(ends[i] >= (i ? ends[i - 1] : 0), "the ranges' ends fall");
-  std::vector<int64_t> counts;
-  const auto addresses = shard->changed(all, std::vector<uint32_t>(ends.begin(), ends.end()), counts);
-  return {from_vector(addresses, ScalarType::Int), from_vector(counts, ScalarType::Long)};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> store_take(int64_t handle, Tensor addresses) {
-  const auto shard = shard_at(handle);
-  const ShardConfig& config = shard->config();
-  const int64_t n = addresses.numel();
-  const auto* addresses_data = read_addresses(addresses, n);
-  Tensor widths = make(n, ScalarType::Byte);
-  auto* widths_data = static_cast<uint8_t*>(widths.mutable_data_ptr());
-  shard->widths_at(n, addresses_data, widths_data);
-  int64_t value_count = 0;
-  int64_t state_count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    value_count += widths_data[i] * config.chunk;
-    state_count += config.layout().state_bytes(widths_data[i]) / 4;
-  }
-  Tensor raw_ids = make(n, ScalarType::Long);
-  Tensor tables = make(n, ScalarType::Int);
-  Tensor importance = make(n, ScalarType::Float);
-  Tensor values = make(value_count, storage_type(config));
-  Tensor state = make(state_count, ScalarType::Float);
-  shard->take(
-      n, addresses_data,
-      {static_cast<int64_t*>(raw_ids.mutable_data_ptr()), static_cast<int32_t*>(tables.mutable_data_ptr()), widths_data,
-       static_cast<float*>(importance.mutable_data_ptr()), values.mutable_data_ptr(), static_cast<float*>(state.mutable_data_ptr())});
-  return {raw_ids, tables, widths, importance, values, state};
-}
-
-void store_put(int64_t handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state,
-               std::optional<Tensor> addresses) {
-  const auto shard = shard_at(handle);
-  const ShardConfig& config = shard->config();
-  const int64_t n = raw_ids.numel();
-  const auto* tables_data = read<int32_t>(tables, ScalarType::Int, "tables", n);
-  const auto* widths_data = read<uint8_t>(widths, ScalarType::Byte, "widths", n);
-  const auto* importance_data = read<float>(importance, ScalarType::Float, "importance", n);
-  int64_t value_count = 0;
-  int64_t state_count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    REQUIRE(tables_data[i] >= 0 && tables_data[i] < config.tables,
-            "row " + std::to_string(i) + " names table " + std::to_string(tables_data[i]));
-    REQUIRE(widths_data[i] > 0 && widths_data[i] <= config.chunks,
-            "row " + std::to_string(i) + " has width " + std::to_string(widths_data[i]));
-    REQUIRE(importance_data[i] >= 0 && importance_data[i] < 3e38f, "the importance of row " + std::to_string(i) + " is not a number >= 0");
-    value_count += widths_data[i] * config.chunk;
-    state_count += config.layout().state_bytes(widths_data[i]) / 4;
-  }
-  (void)read<uint8_t>(values, storage_type(config), "values", value_count);
-  shard->put(n,
-             {const_cast<int64_t*>(read<int64_t>(raw_ids, ScalarType::Long, "raw_ids", n)), const_cast<int32_t*>(tables_data),
-              const_cast<uint8_t*>(widths_data), const_cast<float*>(importance_data), const_cast<void*>(values.const_data_ptr()),
-              const_cast<float*>(read<float>(state, ScalarType::Float, "state", state_count))},
-             addresses ? read_addresses(*addresses, n) : nullptr);
-}
-
-void store_reserve(int64_t handle, std::vector<int64_t> rows_by_width) {
-  const auto shard = shard_at(handle);
-  REQUIRE(static_cast<int>(rows_by_width.size()) == shard->config().chunks, "one number of rows for each width is wanted");
-  shard->reserve(rows_by_width);
-}
-
-Tensor store_state(int64_t handle) {
-  const fiited::ShardState s = shard_at(handle)->state();
-  return from_vector<int64_t>(
-      {s.step, s.lowered, s.base, s.lookups, s.hits, s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes, s.asked_bytes},
-      ScalarType::Long);
-}
-
-void store_restore(int64_t handle, std::vector<int64_t> n, double threshold) {
-  REQUIRE(n.size() == 11, "a shard's state is 11 integers");
-  REQUIRE(threshold >= 0 && threshold < 3e38, "the threshold is not a number >= 0");
-  REQUIRE(n[0] >= 0 && n[1] >= 0 && std::abs(n[2]) < 1024, "the shard's state is out of range");
-  shard_at(handle)->restore({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]}, threshold);
-}
-
-// Sketch cells [buckets, sets * 32] and registers of the distinct counter [buckets, 4].
-std::tuple<Tensor, Tensor> store_sketch(int64_t handle) {
-  const auto shard = shard_at(handle);
-  const int64_t buckets = shard->config().buckets();
-  const int64_t entries = shard->config().sketch_sets * fiited::kSketchEntries;
-  Tensor cells = torch::stable::empty({buckets, entries}, ScalarType::Short);
-  Tensor registers = torch::stable::empty({buckets, fiited::DistinctCounter::kPerBucket}, ScalarType::Byte);
-  std::copy_n(shard->sketch_cells(), buckets * entries, static_cast<uint16_t*>(cells.mutable_data_ptr()));
-  std::copy_n(shard->distinct_registers(), registers.numel(), static_cast<uint8_t*>(registers.mutable_data_ptr()));
-  return {cells, registers};
-}
-
-void store_put_sketch(int64_t handle, int64_t first_bucket, Tensor cells, int64_t base, Tensor registers) {
-  const auto shard = shard_at(handle);
-  const ShardConfig& config = shard->config();
-  const int64_t entries = config.sketch_sets * fiited::kSketchEntries;
-  const int64_t buckets = cells.numel() / entries;
-  const auto* cells_data = reinterpret_cast<const uint16_t*>(read<int16_t>(cells, ScalarType::Short, "cells", buckets * entries));
-  const auto* registers_data = read<uint8_t>(registers, ScalarType::Byte, "registers", buckets * fiited::DistinctCounter::kPerBucket);
-  REQUIRE(first_bucket >= config.first_bucket && first_bucket + buckets <= config.end_bucket, "the buckets belong to another shard");
-  REQUIRE(std::abs(base) < 1024, "the base of the sketch's levels is out of range");
-  for (int64_t i = 0; i < buckets; ++i) {
-    shard->put_bucket(static_cast<uint32_t>(first_bucket + i), cells_data + i * entries, static_cast<int>(base),
-                      registers_data + i * fiited::DistinctCounter::kPerBucket);
-  }
-}
-
-void store_seal(int64_t handle) { shard_at(handle)->seal(); }
-
 // ---- ids ---------------------------------------------------------------------------------------------------------------
 
 Tensor hash_strings(Tensor offsets, Tensor bytes, int64_t seed) {
@@ -460,17 +338,7 @@ std::tuple<Tensor, Tensor> interact_backward(Tensor grad_out, std::optional<Tens
 
 STABLE_TORCH_LIBRARY(fiited, m) {
   define(m);
-  m.def("store_changed(int handle, bool all, int[] ends) -> (Tensor, Tensor)");
-  m.def("store_take(int handle, Tensor addresses) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "store_put(int handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state, Tensor? "
-      "addresses) -> ()");
-  m.def("store_reserve(int handle, int[] rows_by_width) -> ()");
-  m.def("store_state(int handle) -> Tensor");
-  m.def("store_restore(int handle, int[] state, float threshold) -> ()");
-  m.def("store_sketch(int handle) -> (Tensor, Tensor)");
-  m.def("store_put_sketch(int handle, int first_bucket, Tensor cells, int base, Tensor registers) -> ()");
-  m.def("store_seal(int handle) -> ()");
+  define_saving(m);
   m.def("hash_strings(Tensor offsets, Tensor bytes, int seed) -> Tensor");
   m.def("cross_ids(Tensor left, Tensor right, int seed) -> Tensor");
   m.def("interact(Tensor? below, Tensor vectors, int columns) -> Tensor");
@@ -481,12 +349,7 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CompositeExplicitAutograd, m) {
   m.impl("store_create", TORCH_BOX(&store_create));
   m.impl("store_destroy", TORCH_BOX(&store_destroy));
   ByHandle<&shard_at>::implement(m);
-  m.impl("store_changed", TORCH_BOX(&store_changed));
-  m.impl("store_reserve", TORCH_BOX(&store_reserve));
-  m.impl("store_state", TORCH_BOX(&store_state));
-  m.impl("store_restore", TORCH_BOX(&store_restore));
-  m.impl("store_sketch", TORCH_BOX(&store_sketch));
-  m.impl("store_seal", TORCH_BOX(&store_seal));
+  Saving<&shard_at>::implement(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
@@ -495,9 +358,6 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("store_pool", TORCH_BOX(&store_pool));
   m.impl("store_update", TORCH_BOX(&store_update));
   m.impl("store_update_pooled", TORCH_BOX(&store_update_pooled));
-  m.impl("store_take", TORCH_BOX(&store_take));
-  m.impl("store_put", TORCH_BOX(&store_put));
-  m.impl("store_put_sketch", TORCH_BOX(&store_put_sketch));
   m.impl("dedup_ids", TORCH_BOX(&dedup_ids));
   m.impl("dedup_keys", TORCH_BOX(&dedup_keys));
   m.impl("pool", TORCH_BOX(&pool));

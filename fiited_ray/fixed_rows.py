@@ -119,4 +119,4 @@ def _by_feature(batch: Batch, features: int) -> tuple[Tensor, ...]:
     """The ids of each feature."""
     if batch.rows == 0:  # a worker without a row in a short batch
         return (batch.ids,) * features
-    return torch.tensor_split(batch.ids, batch.offsets[batch.rows : -1 : batch.rows])
+    return torch.tensor_split(batch.ids, batch.offsets[batch.rows : -1 : batch.rows].cpu())

@@ -84,6 +84,16 @@ struct Float16 {
   }
 };
 
+// Calls visit(Stored{}) with the type that rows are stored in.
+template <class Visit>
+auto with_storage(Storage storage, Visit&& visit) {
+  switch (storage) {
+    case Storage::kBFloat16: return visit(BFloat16{});
+    case Storage::kFloat16: return visit(Float16{});
+    default: return visit(Float32{});
+  }
+}
+
 // Importance histogram: 32 bins an octave from 2^-44 to 2^20, straight from the float's bits.
 constexpr int kImportanceBins = 2048;
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/importance.h"
 #include "core/layout.h"
 #include "core/numeric.h"
 
@@ -67,6 +68,7 @@ ShardStats stats_of_rows(const RowLayout& layout, CountOf&& count_of) {
   return stats;
 }
 
+// Rows ordered by key, and by table where keys are equal.
 struct ExportedRows {
   std::vector<int64_t> raw_ids;
   std::vector<int32_t> tables;
@@ -76,7 +78,40 @@ struct ExportedRows {
   std::vector<float> state;   // optimizer state for each row
 };
 
-// What a store does on every device. Arrays are in that device's memory, but for those of `histogram`, `rows_by_width`, export and import.
+// Rows outside the store, as it holds them; the columns lie one behind the other, in the host's memory.
+struct HeldRows {
+  int64_t* raw_ids;
+  int32_t* tables;
+  uint8_t* widths;
+  float* importance;  // scaled
+  void* values;       // in the storage type
+  float* state;
+
+  // The rows behind the first `rows`, whose vectors take `value_bytes` and whose states are `state_numbers`.
+  HeldRows behind(int64_t rows, int64_t value_bytes, int64_t state_numbers) const {
+    return {raw_ids + rows,       tables + rows, widths + rows, importance + rows, static_cast<char*>(values) + value_bytes,
+            state + state_numbers};
+  }
+};
+
+// What a shard knows beside its rows, its sketch and its limit.
+struct ShardState {
+  int64_t step;     // of the last update
+  int64_t lowered;  // octaves that importances have been scaled down
+  int64_t base;     // of the sketch's levels
+  int64_t lookups, hits, admitted, refused, resized, evicted, admitted_bytes, asked_bytes;
+};
+
+// For each virtual bucket, which of the ranges it is in; range i ends before ends[i].
+inline std::vector<uint16_t> ranges_of_buckets(const std::vector<uint32_t>& ends) {
+  std::vector<uint16_t> range_of(kBuckets, 0);
+  for (size_t range = 0; range < ends.size(); ++range) {
+    for (uint32_t bucket = range ? ends[range - 1] : 0; bucket < ends[range]; ++bucket) range_of[bucket] = static_cast<uint16_t>(range);
+  }
+  return range_of;
+}
+
+// What a store does on every device. Arrays of a step (`lookup`, `update`) are in that device's memory, all others in the host's.
 class Shard {
  public:
   virtual ~Shard() = default;
@@ -116,15 +151,36 @@ class Shard {
   virtual void rows_by_width(int64_t* out) const = 0;  // [tables, chunks]
   virtual void reset_round_counters() = 0;
 
-  virtual ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const = 0;
+  ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const;
   virtual void check() const = 0;
+
+  // Saving. Addresses of the rows that were written or moved since the last call (or of all rows), those of each range of buckets
+  // together: range i ends before ends[i]. From now on these rows count as saved.
+  virtual std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) = 0;
+  // Rows at addresses, exactly as they are held: importance scaled, vectors in the storage type.
+  // Addresses of all rows of these buckets.
+  virtual std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const = 0;
+  virtual void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const = 0;
+  virtual void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const = 0;
+  virtual ShardState state() const = 0;
+  // Of all buckets: [buckets, sets * kSketchEntries], and the distinct counter's, [buckets, kRegistersPerBucket].
+  virtual void sketch(uint16_t* cells, uint8_t* registers) const = 0;
+
+  // Loading, into a shard without rows. First the state; then sketch and rows; `seal` last. Rows go to the end of their pools or,
+  // after `reserve`, to the addresses they had.
+  virtual void restore(const ShardState& state, double threshold) = 0;
+  virtual void reserve(const std::vector<int64_t>& rows_by_width) = 0;
+  virtual void put(int64_t n, const HeldRows& rows, const uint32_t* addresses) = 0;
+  virtual void put_sketch(uint32_t first_bucket, uint32_t buckets, const uint16_t* cells, int base, const uint8_t* registers) = 0;
+  virtual void seal() = 0;
 
   const ShardConfig& config() const { return config_; }
   double threshold() const { return threshold_; }
 
  protected:
-  explicit Shard(const ShardConfig& config) : config_(config) {}
+  explicit Shard(const ShardConfig& config) : config_(config), decay_(config.decay) {}
   ShardConfig config_;
+  Decay decay_;
   double threshold_ = 0.0;
 };
 

@@ -11,9 +11,8 @@ namespace fiited {
 
 class DistinctCounter {
  public:
-  static constexpr int kPerBucket = kRegistersPerBucket;
-
-  DistinctCounter(uint32_t first_bucket, uint32_t buckets) : first_bucket_(first_bucket), registers_(size_t{kPerBucket} * buckets) {}
+  DistinctCounter(uint32_t first_bucket, uint32_t buckets)
+      : first_bucket_(first_bucket), registers_(size_t{kRegistersPerBucket} * buckets) {}
 
   void add(uint64_t key, uint32_t table) {
     const DistinctMark mark = distinct_mark(key, table, first_bucket_);
@@ -25,6 +24,7 @@ class DistinctCounter {
   int64_t estimate() const { return distinct_estimate(registers_.data(), static_cast<int64_t>(registers_.size())); }
 
   std::vector<uint8_t>& registers() { return registers_; }
+  const std::vector<uint8_t>& registers() const { return registers_; }
 
  private:
   uint32_t first_bucket_;

@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/distinct.h"
 #include "core/shard.h"
-#include "cpu/distinct.h"
 #include "cpu/index.h"
 #include "cpu/memory.h"
 #include "cpu/pools.h"
@@ -27,7 +27,7 @@ size_t ShardConfig::granule() const {
   return std::clamp<size_t>(std::bit_floor(most), Memory::kPage, Region::kHuge);
 }
 
-int64_t ShardConfig::counter_bytes() const { return int64_t{DistinctCounter::kPerBucket} * buckets() + int64_t{8} * tables * chunks; }
+int64_t ShardConfig::counter_bytes() const { return int64_t{kRegistersPerBucket} * buckets() + int64_t{8} * tables * chunks; }
 
 int64_t ShardConfig::sketch_bytes() const { return Sketch::kSetBytes * sketch_sets * buckets(); }
 

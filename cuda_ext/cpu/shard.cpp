@@ -6,49 +6,21 @@
 #include <cmath>
 #include <numeric>
 
-#include "core/importance.h"
 #include "cpu/bags.h"
-#include "cpu/distinct.h"
-#include "cpu/index.h"
-#include "cpu/memory.h"
 #include "cpu/optimizers.h"
-#include "cpu/pools.h"
-#include "cpu/sketch.h"
+#include "cpu/rows.h"
 
 namespace fiited {
 
 namespace {
 
-constexpr int64_t kKeysPerTask = 2048;
 constexpr uint32_t kRoundBlock = 16;  // rows of a round that are decided together, before the first of them moves
 constexpr uint64_t kAllKeys = 1ull << 32;
 
 template <class Store>
-class ShardOf final : public CpuShard {
+class ShardOf final : public ShardRows {
  public:
-  explicit ShardOf(const ShardConfig& config)
-      : CpuShard(config),
-        layout_(config.layout()),
-        index_(memory_, config.partitions_log2()),
-        pools_(memory_, layout_, config.granule()),
-        cells_(static_cast<uint16_t*>(memory_.take(config.sketch_bytes()))),
-        sketch_(cells_, config.first_bucket, config.sketch_sets),
-        distinct_(config.first_bucket, config.buckets()),
-        rows_by_(static_cast<size_t>(config.tables) * config.chunks, 0),
-        decay_(config.decay) {
-    if (cells_ == nullptr) throw std::runtime_error("no memory for the sketch of " + std::to_string(config.sketch_bytes()) + " bytes");
-    for (int table = 0; table < config.tables; ++table) salts_.push_back(table_salt(config.seed, table));
-    for (int width = 0; width <= config.chunks; ++width) row_bytes_.push_back(width ? config.row_bytes(width) : 0);
-    planned_ = config.fixed_bytes();
-    set_limit(config.limit_bytes);
-    set_cuts();
-  }
-  ~ShardOf() override { memory_.give(cells_, config_.sketch_bytes()); }
-
-  void set_limit(int64_t bytes) override {
-    limit_ = bytes > 0 ? bytes : Memory::kUnlimited;
-    memory_.set_limit(bytes > 0 ? bytes - uncounted_bytes() : Memory::kUnlimited);
-  }
+  explicit ShardOf(const ShardConfig& config) : ShardRows(config) { set_cuts(); }
 
   void lookup(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, bool training, int64_t step, uint64_t quota,
               uint32_t* addresses, uint8_t* widths) override {
@@ -97,10 +69,6 @@ class ShardOf final : public CpuShard {
     }
   }
 
-  bool fits(uint32_t address, uint8_t width) const override {
-    return address == kAbsent ? width == 0 : pools_.holds(address) && pools_.width(address) == width;
-  }
-
   void read(int64_t n, const int32_t* take, const uint32_t* addresses, const uint8_t* widths, float* values) const override {
     const auto at = [&](int64_t i) { return take ? take[i] : i; };
     for (int64_t i = 0; i < n; ++i) {
@@ -134,17 +102,6 @@ class ShardOf final : public CpuShard {
     update_rows(rows, BagGradients<float>(bags, grad_out, rows.n, true));
   }
 
-  void histogram(int64_t* out) const override {
-    std::fill(out, out + 2 * kImportanceBins, 0);
-    for (int width = 1; width <= layout_.chunks; ++width) {
-      for (uint32_t at = 0; at < pools_.count(width); ++at) {
-        const int bin = importance_bin(pools_.header(pools_.address_of(width, at)).importance * decay_.unscale());
-        ++out[bin];
-        out[kImportanceBins + bin] += row_bytes_[width];
-      }
-    }
-  }
-
   int64_t shrink(double threshold) override {
     threshold_ = threshold;
     set_cuts();
@@ -175,125 +132,6 @@ class ShardOf final : public CpuShard {
     }
   }
 
-  ShardStats stats() override {
-    ShardStats s = stats_of_rows(layout_, [&](int width) { return int64_t{pools_.count(width)}; });
-    s.index += index_.bytes();
-    s.sketch = static_cast<int64_t>(Memory::rounded(config_.sketch_bytes())) + config_.counter_bytes();
-    s.total = memory_.used() + uncounted_bytes();
-    s.slack = s.total - s.payload - s.optimizer - s.index - s.sketch;
-    s.planned = planned_;
-    s.fixed = config_.fixed_bytes();
-    s.limit = limit_ == Memory::kUnlimited ? 0 : limit_;
-    s.peak = memory_.take_peak() + uncounted_bytes();
-    s.distinct = distinct_.estimate();
-    s.lookups = lookups_;
-    s.hits = hits_;
-    s.admitted = admitted_;
-    s.refused = refused_;
-    s.resized = resized_;
-    s.evicted = evicted_;
-    s.admitted_bytes = admitted_bytes_;
-    s.asked_bytes = asked_bytes_;
-    return s;
-  }
-
-  void rows_by_width(int64_t* out) const override { std::copy(rows_by_.begin(), rows_by_.end(), out); }
-
-  void reset_round_counters() override { admitted_ = refused_ = resized_ = evicted_ = admitted_bytes_ = 0; }
-
-  ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const override {
-    std::vector<uint32_t> addresses;
-    for (int width = 1; width <= layout_.chunks; ++width) {
-      for (uint32_t at = 0; at < pools_.count(width); ++at) {
-        const uint32_t address = pools_.address_of(width, at);
-        const uint32_t bucket = bucket_of(pools_.header(address).key);
-        if (bucket >= first_bucket && bucket < end_bucket) addresses.push_back(address);
-      }
-    }
-    std::sort(addresses.begin(), addresses.end(), [&](uint32_t a, uint32_t b) {
-      const RowHeader& x = pools_.header(a);
-      const RowHeader& y = pools_.header(b);
-      const uint64_t x_key = x.key;
-      const uint64_t y_key = y.key;
-      return x_key != y_key ? x_key < y_key : x.table < y.table;
-    });
-    ExportedRows rows;
-    for (const uint32_t address : addresses) {
-      const int width = pools_.width(address);
-      const RowHeader& header = pools_.header(address);
-      rows.raw_ids.push_back(static_cast<int64_t>(raw_id_of(header.key, salts_[header.table])));
-      rows.tables.push_back(header.table);
-      rows.widths.push_back(static_cast<uint8_t>(width));
-      rows.importance.push_back(header.importance * decay_.unscale());
-      rows.values.resize(rows.values.size() + width * layout_.chunk);
-      read_vector(pools_.row(address), width * layout_.chunk, rows.values.data() + rows.values.size() - width * layout_.chunk);
-      const auto* state = reinterpret_cast<const float*>(pools_.row(address) + layout_.state_offset(width));
-      rows.state.insert(rows.state.end(), state, state + layout_.state_bytes(width) / 4);
-    }
-    return rows;
-  }
-
-  std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) override {
-    std::vector<uint16_t> range_of(kBuckets, 0);
-    for (size_t range = 0; range < ends.size(); ++range) {
-      for (uint32_t bucket = range ? ends[range - 1] : 0; bucket < ends[range]; ++bucket) range_of[bucket] = static_cast<uint16_t>(range);
-    }
-    const auto each = [&](auto&& visit) {
-      for (int width = 1; width <= layout_.chunks; ++width) {
-        for (uint32_t at = 0; at < pools_.count(width); ++at) {
-          const uint32_t address = pools_.address_of(width, at);
-          RowHeader& header = pools_.header(address);
-          if (all || header.mark != Mark::kSaved) visit(address, header);
-        }
-      }
-    };
-    counts.assign(ends.size(), 0);
-    each([&](uint32_t, const RowHeader& header) { ++counts[range_of[bucket_of(header.key)]]; });
-    std::vector<int64_t> next(ends.size(), 0);
-    std::partial_sum(counts.begin(), counts.end() - 1, next.begin() + 1);
-    std::vector<uint32_t> addresses(static_cast<size_t>(next.back() + counts.back()));
-    each([&](uint32_t address, RowHeader& header) {
-      addresses[next[range_of[bucket_of(header.key)]]++] = address;
-      header.mark = Mark::kSaved;
-    });
-    return addresses;
-  }
-
-  void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const override {
-    for (int64_t i = 0; i < n; ++i) {
-      if (!pools_.holds(addresses[i])) throw std::runtime_error("take: no row stands at address " + std::to_string(addresses[i]));
-      widths[i] = static_cast<uint8_t>(pools_.width(addresses[i]));
-    }
-  }
-
-  void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const override {
-    const std::vector<Place> starts = starts_of(n, out.widths);
-    for_each_range(n, kKeysPerTask, [&](int64_t begin, int64_t end) {
-      Place to = starts[begin / kKeysPerTask];
-      for (int64_t i = begin; i < end; ++i) {
-        if (i + kInFlight < end) pools_.prefetch_row(addresses[i + kInFlight]);
-        const std::byte* row = pools_.row(addresses[i]);
-        const auto& header = *reinterpret_cast<const RowHeader*>(row);
-        const int width = out.widths[i];
-        out.raw_ids[i] = static_cast<int64_t>(raw_id_of(header.key, salts_[header.table]));
-        out.tables[i] = header.table;
-        out.importance[i] = header.importance;
-        std::memcpy(static_cast<std::byte*>(out.values) + to.value, row + sizeof(RowHeader), layout_.vector_bytes(width));
-        std::memcpy(reinterpret_cast<std::byte*>(out.state) + to.state, row + layout_.state_offset(width), layout_.state_bytes(width));
-        to.value += layout_.vector_bytes(width);
-        to.state += layout_.state_bytes(width);
-      }
-    });
-  }
-
-  ShardState state() const override {
-    return {step_,    decay_.lowered(), sketch_.base(), lookups_,        hits_,       admitted_,
-            refused_, resized_,         evicted_,       admitted_bytes_, asked_bytes_};
-  }
-
-  uint16_t* sketch_cells() override { return cells_; }
-  uint8_t* distinct_registers() override { return distinct_.registers().data(); }
-
   void restore(const ShardState& state, double threshold) override {
     require_no_rows("restore");
     decay_.restore(state.lowered);
@@ -311,166 +149,7 @@ class ShardOf final : public CpuShard {
     asked_bytes_ = state.asked_bytes;
   }
 
-  void reserve(const std::vector<int64_t>& rows_by_width) override {
-    require_no_rows("reserve");
-    for (int width = 1; width <= layout_.chunks; ++width) {
-      const int64_t rows = rows_by_width[width - 1];
-      if (rows < 0 || !pools_.reserve(width, rows)) {
-        throw std::runtime_error("reserve: there is no memory for " + std::to_string(rows) + " rows of width " + std::to_string(width));
-      }
-    }
-  }
-
-  void put(int64_t n, const HeldRows& rows, const uint32_t* addresses) override {
-    const auto* values = static_cast<const typename Store::Bits*>(rows.values);
-    const float* state = rows.state;
-    for (int64_t i = 0; i < n; ++i) {
-      const int width = rows.widths[i];
-      const int size = width * layout_.chunk;
-      const auto table = static_cast<uint16_t>(rows.tables[i]);
-      const uint64_t key = key_of(static_cast<uint64_t>(rows.raw_ids[i]), salts_[table]);
-      const auto fail = [&](const std::string& what) {
-        throw std::runtime_error("row " + std::to_string(i) + " (table " + std::to_string(table) + ", id " +
-                                 std::to_string(rows.raw_ids[i]) + ") " + what);
-      };
-      const uint32_t bucket = bucket_of(key);
-      if (bucket < config_.first_bucket || bucket >= config_.end_bucket) fail("belongs to another shard");
-      for (int dim = 0; dim < size; ++dim) {
-        if (!std::isfinite(Store::to_float(values[dim]))) fail("has a value that is not finite");
-      }
-      for (int at = 0; at < layout_.state_bytes(width) / 4; ++at) {
-        if (std::isnan(state[at])) fail("has NaN in its optimizer state");
-      }
-      if (find(key, table) != kAbsent) fail("is already in the store");
-      uint32_t address;
-      if (addresses != nullptr) {
-        address = addresses[i];
-        if (!pools_.holds(address) || pools_.width(address) != width) fail("has an address that is none of its width");
-        if (pools_.header(address).mark == Mark::kPlaced) fail("has the address of another row");
-      } else {
-        address = planned_ + row_bytes_[width] <= limit_ ? pools_.append(width) : kAbsent;
-        if (address == kAbsent) fail("does not fit into the limit of " + std::to_string(limit_) + " bytes");
-      }
-      pools_.header(address) = RowHeader{key, rows.importance[i], table, Mark::kPlaced};
-      if (!index_.insert(key, address, key_at())) fail("finds no memory for its index entry");
-      std::byte* row = pools_.row(address);
-      std::memcpy(row + sizeof(RowHeader), values, layout_.vector_bytes(width));
-      std::memcpy(row + layout_.state_offset(width), state, layout_.state_bytes(width));
-      ++rows_by_[table * layout_.chunks + width - 1];
-      planned_ += row_bytes_[width];
-      values += size;
-      state += layout_.state_bytes(width) / 4;
-    }
-  }
-
-  void put_bucket(uint32_t bucket, const uint16_t* cells, int base, const uint8_t* registers) override {
-    sketch_.put_bucket(bucket, cells, base);
-    std::copy(registers, registers + DistinctCounter::kPerBucket,
-              distinct_.registers().data() + size_t{DistinctCounter::kPerBucket} * (bucket - config_.first_bucket));
-  }
-
-  void seal() override {
-    for (int width = 1; width <= layout_.chunks; ++width) {
-      for (uint32_t at = 0; at < pools_.count(width); ++at) {
-        RowHeader& header = pools_.header(pools_.address_of(width, at));
-        if (header.mark != Mark::kPlaced) {
-          throw std::runtime_error("row " + std::to_string(at) + " of width " + std::to_string(width) + " never came");
-        }
-        header.mark = Mark::kSaved;
-      }
-    }
-  }
-
-  void check() const override {
-    int64_t planned = config_.fixed_bytes();
-    int64_t rows = 0;
-    std::vector<int64_t> rows_by(rows_by_.size(), 0);
-    for (int width = 1; width <= layout_.chunks; ++width) {
-      for (uint32_t at = 0; at < pools_.count(width); ++at) {
-        const uint32_t address = pools_.address_of(width, at);
-        check_row(address);
-        ++rows_by[pools_.header(address).table * layout_.chunks + width - 1];
-        planned += row_bytes_[width];
-        ++rows;
-      }
-    }
-    const int64_t entries =
-        index_.check(key_at(), [&](uint32_t address) { return pools_.holds(address); }, [&](uint32_t address) { return name_of(address); });
-    const auto require = [](bool holds, const char* what, int64_t is, int64_t should) {
-      if (!holds)
-        throw std::runtime_error(std::string("check: ") + what + ": " + std::to_string(is) + " against " + std::to_string(should));
-    };
-    require(entries == rows, "the index has as many entries as there are rows", entries, rows);
-    require(planned == planned_, "planned bytes are what follows from the rows", planned_, planned);
-    for (size_t at = 0; at < rows_by.size(); ++at) {
-      require(rows_by[at] == rows_by_[at], "rows by table and width are counted", rows_by_[at], rows_by[at]);
-    }
-    const int64_t taken = memory_.used() + uncounted_bytes();
-    require(taken <= limit_, "bytes taken stay within the limit", taken, limit_);
-    require(taken <= planned_, "bytes taken stay within the planned ones", taken, planned_);
-  }
-
  private:
-  struct Place {  // in bytes, of a row's vector and state among those of other rows
-    int64_t value, state;
-  };
-  // Of every kKeysPerTask-th row.
-  std::vector<Place> starts_of(int64_t n, const uint8_t* widths) const {
-    std::vector<Place> starts;
-    Place at{0, 0};
-    for (int64_t i = 0; i < n; ++i) {
-      if (i % kKeysPerTask == 0) starts.push_back(at);
-      at.value += layout_.vector_bytes(widths[i]);
-      at.state += layout_.state_bytes(widths[i]);
-    }
-    return starts;
-  }
-
-  void require_no_rows(const char* what) const {
-    for (int width = 1; width <= layout_.chunks; ++width) {
-      if (pools_.count(width)) throw std::runtime_error(std::string(what) + ": there are rows in the store already");
-    }
-  }
-
-  struct KeyAt {
-    const Pools* pools;
-    uint64_t operator()(uint32_t address) const { return pools->header(address).key; }
-    void prefetch(uint32_t address) const { pools->prefetch_header(address); }
-  };
-  KeyAt key_at() const { return {&pools_}; }
-
-  // A row as a person knows it.
-  std::string name_of(uint32_t address) const {
-    const RowHeader& header = pools_.header(address);
-    if (header.table >= salts_.size()) return "the row at address " + std::to_string(address);
-    return "the row of table " + std::to_string(header.table) + ", id " +
-           std::to_string(static_cast<int64_t>(raw_id_of(header.key, salts_[header.table]))) + " (width " +
-           std::to_string(pools_.width(address)) + ")";
-  }
-
-  // What must hold for one row; throws naming the row and what does not.
-  void check_row(uint32_t address) const {
-    const RowHeader& header = pools_.header(address);
-    const auto require = [&](bool holds, const std::string& what) {
-      if (!holds) throw std::runtime_error("check: " + name_of(address) + ": " + what);
-    };
-    require(header.table < config_.tables, "its table " + std::to_string(header.table) + " does not exist");
-    const uint32_t bucket = bucket_of(header.key);
-    require(bucket >= config_.first_bucket && bucket < config_.end_bucket, "its bucket " + std::to_string(bucket) + " is another shard's");
-    require(find(header.key, header.table) == address, "the index does not lead to it");
-    require(std::isfinite(header.importance) && header.importance >= 0, "its importance is " + std::to_string(header.importance));
-    const int width = pools_.width(address);
-    const auto* vector = vector_of(pools_.row(address));
-    for (int dim = 0; dim < width * layout_.chunk; ++dim) {
-      const float value = Store::to_float(vector[dim]);
-      require(std::isfinite(value), "dimension " + std::to_string(dim) + " of its vector is " + std::to_string(value));
-    }
-    const auto* state = reinterpret_cast<const float*>(pools_.row(address) + layout_.state_offset(width));
-    for (int at = 0; at < layout_.state_bytes(width) / 4; ++at) {
-      require(std::isfinite(state[at]), "value " + std::to_string(at) + " of its optimizer state is " + std::to_string(state[at]));
-    }
-  }
-
   // Visits the rows of a width, last one first, with the width that their importance earns them. `visit` may take its row out: the
   // pool's last row, which has been visited, then moves into its place. What rows that `changes` touch in the index and the sketch is
   // fetched ahead.
@@ -491,17 +170,6 @@ class ShardOf final : public CpuShard {
       for (uint32_t at = end; at-- > begin;) visit(pools_.address_of(width, at), wanted[at - begin]);
       end = begin;
     }
-  }
-
-  // Small fixed parts that do not come from memory_.
-  int64_t uncounted_bytes() const { return Index::directory_bytes(config_.partitions_log2()) + config_.counter_bytes(); }
-
-  bool is_row(uint32_t address, uint64_t key, uint16_t table) const {
-    const RowHeader& header = pools_.header(address);
-    return header.key == key && header.table == table;
-  }
-  uint32_t find(uint64_t key, uint16_t table) const {
-    return index_.find(key, [&](uint32_t address) { return is_row(address, key, table); });
   }
 
   static const typename Store::Bits* vector_of(const std::byte* row) {
@@ -735,23 +403,6 @@ class ShardOf final : public CpuShard {
     aim_sketch();
   }
 
-  Memory memory_;
-  RowLayout layout_;
-  Index index_;
-  Pools pools_;
-  uint16_t* cells_;
-  Sketch sketch_;
-  DistinctCounter distinct_;
-  std::vector<TableSalt> salts_;
-  std::vector<int64_t> row_bytes_;
-  std::vector<int64_t> rows_by_;
-  std::vector<float> cuts_;
-  int64_t limit_ = 0;
-  int64_t planned_ = 0;
-  Decay decay_;
-  int64_t step_ = 0;
-  int64_t lookups_ = 0, hits_ = 0;
-  int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0, asked_bytes_ = 0;
   uint64_t quota_ = kAllKeys;
   bool full_ = false;
 };

@@ -24,8 +24,6 @@ class StepShard : public Shard {
   virtual void pool(const Bags& bags, int64_t n, int64_t rows, const uint32_t* addresses, const uint8_t* widths, float* out) const = 0;
   // The gradient of what `pool` gave: [batch, features, chunks * chunk].
   virtual void update_pooled(const Update& rows, const Bags& bags, int64_t n, const float* grad_out) = 0;
-  // Adds rows that are not in the store yet; throws, naming the row, for one that is foreign, doubled or does not fit.
-  virtual void import_rows(const ExportedRows& rows) = 0;
 
  protected:
   using Shard::Shard;

@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include "binding_saving.h"
 #include "core/layout.h"
 #include "cuda/api.h"
 
@@ -162,38 +163,6 @@ void store_update_pooled(int64_t handle, Tensor keys, Tensor tables, Tensor addr
                        read<float>(grad_out, ScalarType::Float, "grad_out", bags.batch * features * bags.dim()));
 }
 
-template <class T>
-std::vector<T> to_vector(const Tensor& tensor, ScalarType type, const char* name, int64_t size) {
-  const T* data = read_on<T>(torch::headeronly::DeviceType::CPU, tensor, type, name, size);
-  return std::vector<T>(data, data + tensor.numel());
-}
-
-void store_import(int64_t handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state) {
-  const Current shard(handle);
-  const ShardConfig& config = shard->config();
-  const int64_t n = raw_ids.numel();
-  fiited::ExportedRows rows;
-  rows.raw_ids = to_vector<int64_t>(raw_ids, ScalarType::Long, "raw_ids", n);
-  rows.tables = to_vector<int32_t>(tables, ScalarType::Int, "tables", n);
-  rows.widths = to_vector<uint8_t>(widths, ScalarType::Byte, "widths", n);
-  rows.importance = to_vector<float>(importance, ScalarType::Float, "importance", n);
-  int64_t value_count = 0;
-  int64_t state_count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    REQUIRE(rows.tables[i] >= 0 && rows.tables[i] < config.tables,
-            "import: row " + std::to_string(i) + " names table " + std::to_string(rows.tables[i]));
-    REQUIRE(rows.widths[i] > 0 && rows.widths[i] <= config.chunks,
-            "import: row " + std::to_string(i) + " has width " + std::to_string(rows.widths[i]));
-    REQUIRE(rows.importance[i] >= 0 && rows.importance[i] < 3e38f,
-            "import: the importance of row " + std::to_string(i) + " is not a number >= 0");
-    value_count += rows.widths[i] * config.chunk;
-    state_count += config.layout().state_bytes(rows.widths[i]) / 4;
-  }
-  rows.values = to_vector<float>(values, ScalarType::Float, "values", value_count);
-  rows.state = to_vector<float>(state, ScalarType::Float, "state", state_count);
-  shard->import_rows(rows);
-}
-
 // ---- batches --------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dedup_ids(Tensor ids, Tensor feature_ends, Tensor feature_tables, int64_t seed,
@@ -229,11 +198,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dedup_keys(Tensor keys, Tensor tables
                      read<int32_t>(counts, ScalarType::Int, "counts", n), out);
   return {torch::stable::narrow(out_keys, 0, 0, out.unique), torch::stable::narrow(out_tables, 0, 0, out.unique),
           torch::stable::narrow(out_counts, 0, 0, out.unique), inverse};
-}
-
-template <class Visit>
-auto with_real(ScalarType type, Visit&& visit) {
-  return type == ScalarType::Double ? visit(double{}) : visit(float{});
 }
 
 Tensor pool(Tensor values, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights, int64_t features, bool mean,
@@ -302,16 +266,16 @@ int64_t host_reads() { return device::host_reads(); }
 
 STABLE_TORCH_LIBRARY(FIITED_NAMESPACE, m) {
   define(m);
+  define_saving(m);
   m.def("host_reads() -> int");
-  m.def("store_import(int handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FIITED_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("store_create", TORCH_BOX(&store_create));
   m.impl("store_destroy", TORCH_BOX(&store_destroy));
   m.impl("host_reads", TORCH_BOX(&host_reads));
-  m.impl("store_import", TORCH_BOX(&store_import));
   ByHandle<&shard_at>::implement(m);
+  Saving<&shard_at>::implement(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FIITED_NAMESPACE, FIITED_KEY, m) {

@@ -37,6 +37,7 @@ inline std::atomic<int64_t> reads_by_host{0};
 
 template <class T>
 void read_back(Stream stream, const T* device, T* host, int64_t count) {
+  if (count == 0) return;
   reads_by_host += 1;
   copy_to_host(stream, host, device, count * sizeof(T));
 }
@@ -44,7 +45,7 @@ void read_back(Stream stream, const T* device, T* host, int64_t count) {
 template <class T>
 std::vector<T> read_back(Stream stream, const T* device, int64_t count) {
   std::vector<T> host(count);
-  if (count > 0) read_back(stream, device, host.data(), count);
+  read_back(stream, device, host.data(), count);
   return host;
 }
 

@@ -31,13 +31,19 @@ class DevicePools {
   void set_count(int width, uint32_t count) { pools_[width - 1].count = count; }
   std::byte* begin(int width) const { return pools_[width - 1].memory->begin(); }
   Addresses addresses() const { return addresses_; }
+  // Whether a row stands at this address now.
+  bool holds(uint32_t address) const {
+    const int width = addresses_.width(address);
+    return width <= layout_.chunks && addresses_.position(address) < count(width);
+  }
 
   // Memory for `rows` rows of a width in all; false, and nothing taken, when the limit, the addresses or the device do not allow it.
   bool reserve(int width, uint64_t rows) {
+    if (rows > addresses_.mask()) return false;
     Pool& pool = pools_[width - 1];
     const size_t bytes = rounded(rows * layout_.stride(width));
     if (bytes <= pool.taken) return true;
-    if (rows > addresses_.mask() || !ledger_.charge(static_cast<int64_t>(bytes - pool.taken))) return false;
+    if (!ledger_.charge(static_cast<int64_t>(bytes - pool.taken))) return false;
     if (!pool.memory->resize(bytes)) {
       ledger_.charge(-static_cast<int64_t>(bytes - pool.taken));
       return false;

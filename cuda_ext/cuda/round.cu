@@ -132,7 +132,8 @@ void DeviceShard::move_rows(const View& view, int width, uint32_t end, int64_t f
     const uint32_t to = view.addresses.of(goal, view.counts[goal - 1] + static_cast<uint32_t>(at) - starts.first[goal]);
     const std::byte* const source = view.row(from);
     std::byte* const target = view.row(to);
-    const RowHeader header = *reinterpret_cast<const RowHeader*>(source);
+    RowHeader header = *reinterpret_cast<const RowHeader*>(source);
+    header.mark = Mark::kChanged;
     const int chunk = view.layout.chunk;
     const int kept = (goal < width ? goal : width) * chunk;
     tile.once([&] {
@@ -223,7 +224,11 @@ void DeviceShard::fill_holes(const View& view, int width, uint32_t begin, uint32
                  const auto* const source = reinterpret_cast<const uint32_t*>(view.row(from));
                  auto* const target = reinterpret_cast<uint32_t*>(view.row(to));
                  tile.map(view.layout.stride(width) / 4, [&](int i) { return source[i]; }, [&](int i, uint32_t word) { target[i] = word; });
-                 tile.once([&] { view.move(view.header(from).key, from, to); });
+                 tile.sync();  // the header is written
+                 tile.once([&] {
+                   view.move(view.header(from).key, from, to);
+                   view.header(to).mark = Mark::kChanged;  // it stands elsewhere now
+                 });
                });
 }
 

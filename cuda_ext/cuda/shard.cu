@@ -1,4 +1,4 @@
-// A shard in device memory: what it is made of, its lookups, and new rows.
+// A shard in device memory: what it is made of, its lookups, new rows, and the check of its invariants.
 #include <cstddef>
 
 #include "cuda/shard.h"
@@ -12,8 +12,7 @@ DeviceShard::DeviceShard(const ShardConfig& config)
       pools_(ledger_, layout_, config.granule()),
       board_(nullptr, 1),
       rows_by_(nullptr, int64_t{config.tables} * config.chunks),
-      left_(nullptr, kMostParts),
-      decay_(config.decay) {
+      left_(nullptr, kMostParts) {
   if (config.chunks > kMostChunks) throw std::runtime_error("chunks must be at most " + std::to_string(kMostChunks));
   for (int width = 0; width <= config.chunks; ++width) row_bytes_.push_back(width ? config.row_bytes(width) : 0);
   planned_ = config.fixed_bytes();
@@ -316,5 +315,35 @@ ShardStats DeviceShard::stats() {
 void DeviceShard::rows_by_width(int64_t* out) const { read_back(stream_, rows_by_.get(), out, int64_t{config_.tables} * config_.chunks); }
 
 void DeviceShard::reset_round_counters() { admitted_ = refused_ = resized_ = evicted_ = admitted_bytes_ = 0; }
+
+void DeviceShard::check() const {
+  const View view = this->view();
+  const int64_t counters = int64_t{config_.tables} * config_.chunks;
+  const Scratch<int64_t> wrong(stream_, 2);
+  const Scratch<int64_t> rows_by(stream_, counters);
+  launch(stream_, 2, [wrong = wrong.get()] FIITED_KERNEL(int64_t kind) { wrong[kind] = kNoFault; });
+  set_bytes(stream_, rows_by.get(), 0, counters * sizeof(int64_t));
+  int64_t planned = config_.fixed_bytes();
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    launch(stream_, pools_.count(width), [view, width, wrong = wrong.get(), rows_by = rows_by.get()] FIITED_KERNEL(int64_t at) {
+      const uint32_t address = view.addresses.of(width, static_cast<uint32_t>(at));
+      const RowHeader header = view.header(address);
+      if (view.find(header.key, header.table) != address) atomic_min(wrong, int64_t{address});
+      if (!(header.importance >= 0)) atomic_min(wrong + 1, int64_t{address});
+      atomic_add(rows_by + int64_t{header.table} * view.layout.chunks + width - 1, int64_t{1});
+    });
+    planned += pools_.count(width) * row_bytes_[width];
+  }
+  const std::vector<int64_t> found = read_back(stream_, wrong.get(), 2);
+  if (found[0] != kNoFault) throw std::runtime_error("check: the index does not lead to row " + std::to_string(found[0]));
+  if (found[1] != kNoFault) throw std::runtime_error("check: importance of row " + std::to_string(found[1]) + " is negative or NaN");
+  if (planned != planned_)
+    throw std::runtime_error("check: planned bytes are " + std::to_string(planned_) + ", not " + std::to_string(planned));
+  if (read_back(stream_, rows_by.get(), counters) != read_back(stream_, rows_by_.get(), counters))
+    throw std::runtime_error("check: rows by table and width are miscounted");
+  const int64_t used = ledger_.used() + uncounted_bytes();
+  if (used > limit_) throw std::runtime_error("check: more bytes are taken than the limit allows");
+  if (used > planned_) throw std::runtime_error("check: more bytes are taken than planned");
+}
 
 }  // namespace fiited::device

@@ -45,6 +45,10 @@ struct Starts {
   uint32_t first[kMostChunks + 2];
 };
 
+struct StagedRows;
+struct Coming;
+struct Listed;
+
 // Rows that a list of keys gets.
 struct NewRows {
   int64_t count;
@@ -73,9 +77,19 @@ class DeviceShard final : public StepShard {
   ShardStats stats() override;
   void rows_by_width(int64_t* out) const override;
   void reset_round_counters() override;
-  ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const override;
-  void import_rows(const ExportedRows& rows) override;
   void check() const override;
+
+  std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const override;
+  std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) override;
+  void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const override;
+  void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const override;
+  ShardState state() const override;
+  void sketch(uint16_t* cells, uint8_t* registers) const override;
+  void restore(const ShardState& state, double threshold) override;
+  void reserve(const std::vector<int64_t>& rows_by_width) override;
+  void put(int64_t n, const HeldRows& rows, const uint32_t* addresses) override;
+  void put_sketch(uint32_t first_bucket, uint32_t buckets, const uint16_t* cells, int base, const uint8_t* registers) override;
+  void seal() override;
 
   int64_t read_starts(int64_t n, int64_t rows, const int32_t* take, const uint32_t* addresses, const uint8_t* widths,
                       int64_t* starts) const override;
@@ -107,9 +121,17 @@ class DeviceShard final : public StepShard {
                  const Starts& starts) const;
   void evict_rows(const View& view, int width, uint32_t end, int64_t count, const int32_t* order) const;
   void fill_holes(const View& view, int width, uint32_t begin, uint32_t end, uint32_t count, uint32_t left, const uint32_t* goals) const;
+  void require_no_rows(const char* what) const;
   template <class Stored>
-  void write_rows(int64_t n, const uint32_t* addresses, const float* values, const int64_t* value_starts, const float* state,
-                  const int64_t* state_starts, bool out) const;
+  void gather_rows(int64_t n, const uint32_t* addresses, const StagedRows& staged) const;
+  template <class Stored>
+  void put_piece(int64_t first, int64_t n, const HeldRows& host, const StagedRows& staged, const uint32_t* addresses);
+  void append_rows(int64_t n, const uint8_t* widths, const std::vector<uint32_t>& more, uint32_t* addresses);
+  template <class Stored>
+  void inspect_rows(int64_t n, const StagedRows& staged, uint64_t* keys, const uint32_t* addresses, Coming* coming) const;
+  template <class Stored>
+  void scatter_rows(int64_t n, const StagedRows& staged, const uint64_t* keys, const uint32_t* addresses) const;
+  Listed list_rows(bool all, bool mark) const;
 
   Stream stream_ = nullptr;
   Memory ledger_;
@@ -123,7 +145,7 @@ class DeviceShard final : public StepShard {
   Scratch<uint32_t> left_;    // [kMostParts] index entries erased in this round
   std::vector<int64_t> row_bytes_;
   std::vector<float> cuts_;
-  Decay decay_;
+  int64_t step_ = 0;  // of the last update
   int64_t limit_ = 0;
   int64_t planned_ = 0;
   int64_t growth_ = 0;
@@ -131,15 +153,5 @@ class DeviceShard final : public StepShard {
   mutable bool stale_ = true;  // whether counters have moved since
   int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0, asked_bytes_ = 0;
 };
-
-// Calls visit(Stored{}) with the type that rows are stored in.
-template <class Visit>
-auto with_storage(Storage storage, Visit&& visit) {
-  switch (storage) {
-    case Storage::kBFloat16: return visit(BFloat16{});
-    case Storage::kFloat16: return visit(Float16{});
-    default: return visit(Float32{});
-  }
-}
 
 }  // namespace fiited::device

@@ -7,12 +7,15 @@
 namespace fiited::device {
 
 void DeviceShard::advance(int64_t step) {
+  step_ = step;
   if (const int by = decay_.advance(step)) {
     const View view = this->view();
     const float factor = std::ldexp(1.0f, -by);
     for (int width = 1; width <= layout_.chunks; ++width) {
       launch(stream_, pools_.count(width), [view, width, factor] FIITED_KERNEL(int64_t position) {
-        view.header(view.addresses.of(width, static_cast<uint32_t>(position))).importance *= factor;
+        RowHeader& header = view.header(view.addresses.of(width, static_cast<uint32_t>(position)));
+        header.importance *= factor;
+        header.mark = Mark::kChanged;
       });
     }
     levels_.base -= kLevelsPerOctave * by;
@@ -172,7 +175,11 @@ void DeviceShard::learn(const Update& rows, const Source& source, const int32_t*
                    tile.sync();  // all lanes have read it
                    tile.once([&] { state[0] = raised; });
                  }
-                 tile.once([&] { reinterpret_cast<RowHeader*>(row)->importance += gain; });
+                 tile.once([&] {
+                   auto* const header = reinterpret_cast<RowHeader*>(row);
+                   header->importance += gain;
+                   header->mark = Mark::kChanged;
+                 });
                  tile.each(live, [&](int d) { learn_by<Stored>(optimizer, vector, state, d, live, g[d], rate, key, constants); });
                });
 }

@@ -2,6 +2,6 @@
 #include "cuda/dedup.cu"
 #include "cuda/pooling.cu"
 #include "cuda/round.cu"
-#include "cuda/rows.cu"
+#include "cuda/saving.cu"
 #include "cuda/shard.cu"
 #include "cuda/update.cu"

@@ -67,7 +67,7 @@ def capture(worker: Worker) -> Captured:
         of_worker |= _sparse(name, getattr(worker, name).state())
     return Captured(
         training,
-        {name: tensor.detach().clone() for name, tensor in worker.dense.state_dict().items()},
+        {name: _copy(tensor) for name, tensor in worker.dense.state_dict().items()},
         _optimizer_tensors(worker.optimizer),
         _history_tensors(worker),
         of_worker,
@@ -203,9 +203,14 @@ def _sparse(name: str, state: Tensor) -> dict[str, Tensor]:
     return {f"{name}/at": at.int(), f"{name}/values": state[at]}
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy in the CPU's memory, whatever the device."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{number}/{name}": tensor.detach().clone()
+        f"{number}/{name}": _copy(tensor)
         for number, state in optimizer.state_dict()["state"].items()
         for name, tensor in state.items()
         if tensor is not None

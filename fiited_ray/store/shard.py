@@ -87,9 +87,8 @@ class VhpiShard:
 
     Args:
         spec: configuration; its buckets say which keys belong here.
-        device: where rows are kept. Tensors given to the store, and those it answers with, are on that device, but for those of
-            `histogram`, `rows_by_width` and `export_rows`, which are the CPU's. Saving and loading (`changed` to `seal`) are built for
-            the CPU only.
+        device: where rows are kept. Tensors of a step (`lookup` to `update`) are on that device, those of all else the CPU's:
+            `histogram`, `rows_by_width`, `export_rows`, saving and loading (`changed` to `seal`).
 
     Raises:
         ImportError: when the store was not built for this device.

@@ -45,8 +45,8 @@ def make_plan(config: Config, ids_by_table: list[int] | None = None) -> Plan:
         DataError: for files that cannot be used.
         ConfigError: for a budget below the smallest possible one, a device that is not supported, or no place to write the run to.
     """
-    if config.train.use_gpu:
-        raise ConfigError("train.use_gpu: the GPU's store cannot be saved yet, so a run would end without its model; set it to false")
+    if config.train.use_gpu and config.method == "qr":
+        raise ConfigError("train.use_gpu: method qr numbers its rows on the CPU only; set it to false, or take method hash")
     files = check_files(config.data.train, config.data)
     test_files = check_files(config.data.test, config.data, "data.test") if config.data.test else None
     if test_files is None and not config.train.progressive:

@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from fiited_ray.store import VhpiShard, _extension, backends
 
-CPU_ONLY = ("test_histogram", "test_saving")  # they load rows
 DEVICES = ("cpu", "emulated", *(device for device in backends() if device != "cpu"))
 
 
@@ -32,8 +31,6 @@ class OnGpu(TorchFunctionMode):
 @pytest.fixture(scope="module", params=DEVICES, autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device that operators on the CPU's tensors, or the tests' tensors, belong to for one turn of the module."""
-    if request.param != "cpu" and request.module.__name__ in CPU_ONLY:
-        pytest.skip("rows are saved and loaded on the CPU's store only, so far")
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         if request.param == "emulated":
             patch.setitem(_extension.NAMESPACES, "cpu", "fiited_emulated")

@@ -26,7 +26,7 @@ def some_rows() -> Rows:
 @settings(max_examples=25, deadline=None)
 def test_rows_are_counted_in_the_bins_of_the_policy(importance: list[float]) -> None:
     shard = VhpiShard(make_spec())
-    shard.put(dataclasses.replace(some_rows(), importance=torch.tensor(importance)))
+    shard.put(dataclasses.replace(some_rows(), importance=torch.tensor(importance, device="cpu")))
     counted = np.bincount(importance_bin(np.asarray(importance, np.float32)), minlength=BINS)
     assert np.array_equal(shard.histogram()[0].numpy(), counted)
 
@@ -36,7 +36,7 @@ def test_rows_are_counted_in_the_bins_of_the_policy(importance: list[float]) -> 
 def test_rows_spread_over_all_octaves_are_counted_in_the_bins_of_the_policy(seed: int) -> None:
     importance = np.exp2(np.random.default_rng(seed).uniform(-50, 24, _ROWS)).astype(np.float32)
     shard = VhpiShard(make_spec())
-    shard.put(dataclasses.replace(some_rows(), importance=torch.from_numpy(importance)))
+    shard.put(dataclasses.replace(some_rows(), importance=torch.from_numpy(importance).cpu()))
     assert np.array_equal(shard.histogram()[0].numpy(), np.bincount(importance_bin(importance), minlength=BINS))
 
 

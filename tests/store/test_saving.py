@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_all_rows_that_changed_in_the_twin_are_given_out_and_sketches_are_equal(
             for address, table, raw, vector in zip(everything.tolist(), now.tables.tolist(), now.raw_ids.tolist(), vectors, strict=True):
                 assert held[address] == (table, raw, vector.numpy().tobytes())
     cells, base = twin.sketch_cells()
-    assert torch.equal(shard.sketch()[0].sort(1)[0], cells.sort(1)[0])  # a round hands rows back in an order of its own
+    assert torch.equal(shard.sketch()[0].sort(1)[0], cells.cpu().sort(1)[0])  # a round hands rows back in an order of its own
     assert shard.state()[2] == base
 
 
@@ -80,7 +82,7 @@ def test_rows_come_back_bit_for_bit(optimizer: str, storage: str, placed: bool) 
     again.restore(shard.state(), shard.threshold)
     if placed:
         again.reserve(shard.rows_by_width().sum(0).tolist())
-    order = torch.randperm(len(addresses), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(addresses), generator=torch.Generator().manual_seed(0)).cpu()
     again.put(pick(rows, order, spec.chunk, spec.state_sizes()), addresses[order], placed)
     again.seal()
     again.check()
@@ -116,6 +118,107 @@ def test_a_place_that_nothing_came_to_is_told() -> None:
     shard.reserve([1, 0, 0])
     with pytest.raises(RuntimeError, match="row 0 of width 1 never came"):
         shard.seal()
+
+
+def held() -> tuple[Rows, torch.Tensor]:
+    """Rows of all widths, more than fit into one piece of any device's, and their addresses."""
+    shard = VhpiShard(make_spec(optimizer="adagrad", importance="norm"))
+    learn(shard, list(range(300)), torch.logspace(-3, 3, 300)[:, None].expand(300, 12), 1)
+    shard.resize(0.005)
+    addresses, _ = shard.changed(True, [1024])
+    return shard.take(addresses), addresses
+
+
+def put_refused(rows: Rows, addresses: torch.Tensor | None = None, **changes: Any) -> str:
+    shard = VhpiShard(make_spec(optimizer="adagrad", importance="norm", **changes))
+    if addresses is not None:
+        shard.reserve(rows.widths.bincount(minlength=4)[1:].tolist())
+    with pytest.raises(RuntimeError) as error:
+        shard.put(rows, addresses, addresses is not None)
+    return str(error.value)
+
+
+def named(rows: Rows, at: int) -> str:
+    return f"row {at} (table {int(rows.tables[at])}, id {int(rows.raw_ids[at])}) "
+
+
+def test_rows_of_another_shard_are_refused() -> None:
+    rows, _ = held()
+    buckets = buckets_of(rows.raw_ids.numpy(), rows.tables.numpy(), 0)
+    assert put_refused(rows, end_bucket=900).endswith(named(rows, int(np.argmax(buckets >= 900))) + "belongs to another shard")
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_vectors_that_are_not_finite_are_refused_by_their_first_row(odd: float) -> None:
+    rows, _ = held()
+    starts = (rows.widths.long() * 4).cumsum(0)
+    rows.values[starts[[200, 230]] - 1] = odd
+    assert put_refused(rows).endswith(named(rows, 200) + "has a value that is not finite")
+
+
+def test_nan_in_the_state_is_refused() -> None:
+    rows, _ = held()
+    rows.state[(rows.widths.long() * 4).cumsum(0)[[150, 151]] - 1] = float("nan")
+    assert put_refused(rows).endswith(named(rows, 150) + "has NaN in its optimizer state")
+
+
+@pytest.mark.parametrize(("at", "before"), [(250, 249), (250, 3)])
+def test_a_row_that_is_there_is_refused(at: int, before: int) -> None:
+    rows, _ = held()
+    rows.raw_ids[at] = rows.raw_ids[before]
+    assert put_refused(rows).endswith(named(rows, at) + "is already in the store")
+
+
+def test_addresses_that_cannot_be_are_refused() -> None:
+    rows, addresses = held()
+    assert len(set(rows.widths.tolist())) == 3
+    none, same, far, doubled = (addresses.clone() for _ in range(4))
+    none[170] = -1
+    assert put_refused(rows, none).endswith(named(rows, 170) + "has an address that is none of its width")
+    other = int((rows.widths != rows.widths[20]).nonzero()[0, 0])
+    same[20] = addresses[other]
+    assert put_refused(rows, same).endswith(named(rows, 20) + "has an address that is none of its width")
+    far[30] += 1000
+    assert put_refused(rows, far).endswith(named(rows, 30) + "has an address that is none of its width")
+    alike = (rows.widths == rows.widths[0]).nonzero()[:, 0]
+    for later in (int(alike[1]), int(alike[-1])):  # of one piece, and of another
+        doubled = addresses.clone()
+        doubled[later] = addresses[0]
+        assert put_refused(rows, doubled).endswith(named(rows, later) + "has the address of another row")
+
+
+def test_of_several_faults_the_first_rows_is_named() -> None:
+    rows, addresses = held()
+    rows.state[(rows.widths.long() * 4).cumsum(0)[20] - 1] = float("nan")
+    rows.raw_ids[20] = rows.raw_ids[3]
+    rows.values[(rows.widths.long() * 4).cumsum(0)[21] - 1] = float("nan")
+    addresses[22] = -1
+    assert put_refused(rows, addresses).endswith(named(rows, 20) + "has NaN in its optimizer state")
+
+
+def test_rows_that_find_no_room_are_refused() -> None:
+    rows, _ = held()
+    shard = VhpiShard(make_spec(optimizer="adagrad", importance="norm"))
+    per_row = torch.tensor(shard.spec.plan()[1])[rows.widths.long()]
+    limit = shard.stats().planned + int(per_row[:123].sum())
+    shard.set_limit(limit)
+    with pytest.raises(RuntimeError) as error:
+        shard.put(rows)
+    assert str(error.value).endswith(named(rows, 123) + f"does not fit into the limit of {limit} bytes")
+
+
+def test_room_that_no_machine_has_is_refused() -> None:
+    for rows in (-1, 1 << 40, 1 << 62):
+        with pytest.raises(RuntimeError, match=f"there is no memory for {rows} rows of width 2"):
+            VhpiShard(make_spec()).reserve([0, rows, 0])
+
+
+def test_an_address_without_a_row_is_not_taken() -> None:
+    shard = VhpiShard(make_spec())
+    learn(shard, [1, 2], torch.ones(2, 12), 1)
+    for address in (-1, 0):  # a place of width 1: both rows have full width
+        with pytest.raises(RuntimeError, match=f"no row stands at address {address % 2**32}"):
+            shard.take(torch.tensor([address], dtype=torch.int32, device="cpu"))
 
 
 @pytest.mark.parametrize("ends", [[], [512], [1024, 512], [2048]])

@@ -16,7 +16,7 @@ def test_a_worker_without_a_gpu_says_so() -> None:
         use_gpu()
 
 
-def test_a_run_whose_model_could_not_be_saved_is_refused() -> None:
-    config = Config(data=DataConfig(categorical=("a", "b")), train=TrainConfig(use_gpu=True))
-    with pytest.raises(ConfigError, match=r"train\.use_gpu: the GPU's store cannot be saved"):
+def test_a_method_that_needs_the_cpu_is_refused() -> None:
+    config = Config(method="qr", data=DataConfig(categorical=("a", "b")), train=TrainConfig(use_gpu=True))
+    with pytest.raises(ConfigError, match=r"train\.use_gpu: method qr numbers its rows on the CPU only"):
         make_plan(config)

@@ -1,0 +1,98 @@
+// What a store in the CPU's memory holds, whatever its rows are stored in: memory, index, pools, sketch and counts; how it is counted and
+// checked (cpu/rows.cpp), saved and loaded (cpu/saving.cpp). What learns is in cpu/shard.cpp.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/importance.h"
+#include "cpu/distinct.h"
+#include "cpu/index.h"
+#include "cpu/memory.h"
+#include "cpu/pools.h"
+#include "cpu/shard.h"
+#include "cpu/sketch.h"
+
+namespace fiited {
+
+constexpr int64_t kKeysPerTask = 2048;
+
+class ShardRows : public CpuShard {
+ public:
+  ~ShardRows() override { memory_.give(cells_, config_.sketch_bytes()); }
+
+  void set_limit(int64_t bytes) override;
+  bool fits(uint32_t address, uint8_t width) const override {
+    return address == kAbsent ? width == 0 : pools_.holds(address) && pools_.width(address) == width;
+  }
+  void histogram(int64_t* out) const override;
+  ShardStats stats() override;
+  void rows_by_width(int64_t* out) const override { std::copy(rows_by_.begin(), rows_by_.end(), out); }
+  void reset_round_counters() override { admitted_ = refused_ = resized_ = evicted_ = admitted_bytes_ = 0; }
+  void check() const override;
+
+  std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const override;
+  std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) override;
+  void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const override;
+  void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const override;
+  ShardState state() const override;
+  void sketch(uint16_t* cells, uint8_t* registers) const override;
+  void reserve(const std::vector<int64_t>& rows_by_width) override;
+  void put(int64_t n, const HeldRows& rows, const uint32_t* addresses) override;
+  void put_sketch(uint32_t first_bucket, uint32_t buckets, const uint16_t* cells, int base, const uint8_t* registers) override;
+  void seal() override;
+
+ protected:
+  explicit ShardRows(const ShardConfig& config);
+
+  struct KeyAt {
+    const Pools* pools;
+    uint64_t operator()(uint32_t address) const { return pools->header(address).key; }
+    void prefetch(uint32_t address) const { pools->prefetch_header(address); }
+  };
+  KeyAt key_at() const { return {&pools_}; }
+
+  bool is_row(uint32_t address, uint64_t key, uint16_t table) const {
+    const RowHeader& header = pools_.header(address);
+    return header.key == key && header.table == table;
+  }
+  uint32_t find(uint64_t key, uint16_t table) const {
+    return index_.find(key, [&](uint32_t address) { return is_row(address, key, table); });
+  }
+
+  // visit(address, header) for each row, by width and position.
+  template <class Visit>
+  void for_each_row(Visit&& visit) const {
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      for (uint32_t at = 0; at < pools_.count(width); ++at) {
+        const uint32_t address = pools_.address_of(width, at);
+        visit(address, pools_.header(address));
+      }
+    }
+  }
+
+  // Small fixed parts that do not come from memory_.
+  int64_t uncounted_bytes() const { return Index::directory_bytes(config_.partitions_log2()) + config_.counter_bytes(); }
+  void require_no_rows(const char* what) const;
+  std::string name_of(uint32_t address) const;
+  void check_row(uint32_t address) const;
+
+  Memory memory_;
+  RowLayout layout_;
+  Index index_;
+  Pools pools_;
+  uint16_t* cells_;
+  Sketch sketch_;
+  DistinctCounter distinct_;
+  std::vector<TableSalt> salts_;
+  std::vector<int64_t> row_bytes_;
+  std::vector<int64_t> rows_by_;
+  std::vector<float> cuts_;
+  int64_t limit_ = 0;
+  int64_t planned_ = 0;
+  int64_t step_ = 0;
+  int64_t lookups_ = 0, hits_ = 0;
+  int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0, asked_bytes_ = 0;
+};
+
+}  // namespace fiited

@@ -1,0 +1,174 @@
+// Rows and sketch of a store in the CPU's memory, out of it and back, for checkpoints.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "core/numeric.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+
+namespace fiited {
+
+namespace {
+
+struct Place {  // in bytes, of a row's vector and state among those of other rows
+  int64_t value, state;
+};
+
+// Of every kKeysPerTask-th row.
+std::vector<Place> starts_of(const RowLayout& layout, int64_t n, const uint8_t* widths) {
+  std::vector<Place> starts;
+  Place at{0, 0};
+  for (int64_t i = 0; i < n; ++i) {
+    if (i % kKeysPerTask == 0) starts.push_back(at);
+    at.value += layout.vector_bytes(widths[i]);
+    at.state += layout.state_bytes(widths[i]);
+  }
+  return starts;
+}
+
+bool all_finite(Storage storage, const void* vector, int size) {
+  return with_storage(storage, [&](auto stored) {
+    using Stored = decltype(stored);
+    const auto* values = static_cast<const typename Stored::Bits*>(vector);
+    return std::all_of(values, values + size, [](auto bits) { return std::isfinite(Stored::to_float(bits)); });
+  });
+}
+
+}  // namespace
+
+std::vector<uint32_t> ShardRows::changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) {
+  const std::vector<uint16_t> range_of = ranges_of_buckets(ends);
+  const auto each = [&](auto&& visit) {
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      for (uint32_t at = 0; at < pools_.count(width); ++at) {
+        const uint32_t address = pools_.address_of(width, at);
+        RowHeader& header = pools_.header(address);
+        if (all || header.mark != Mark::kSaved) visit(address, header);
+      }
+    }
+  };
+  counts.assign(ends.size(), 0);
+  each([&](uint32_t, const RowHeader& header) { ++counts[range_of[bucket_of(header.key)]]; });
+  std::vector<int64_t> next(ends.size(), 0);
+  std::partial_sum(counts.begin(), counts.end() - 1, next.begin() + 1);
+  std::vector<uint32_t> addresses(static_cast<size_t>(next.back() + counts.back()));
+  each([&](uint32_t address, RowHeader& header) {
+    addresses[next[range_of[bucket_of(header.key)]]++] = address;
+    header.mark = Mark::kSaved;
+  });
+  return addresses;
+}
+
+void ShardRows::widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!pools_.holds(addresses[i])) throw std::runtime_error("take: no row stands at address " + std::to_string(addresses[i]));
+    widths[i] = static_cast<uint8_t>(pools_.width(addresses[i]));
+  }
+}
+
+void ShardRows::take(int64_t n, const uint32_t* addresses, const HeldRows& out) const {
+  const std::vector<Place> starts = starts_of(layout_, n, out.widths);
+  for_each_range(n, kKeysPerTask, [&](int64_t begin, int64_t end) {
+    Place to = starts[begin / kKeysPerTask];
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kInFlight < end) pools_.prefetch_row(addresses[i + kInFlight]);
+      const std::byte* row = pools_.row(addresses[i]);
+      const auto& header = *reinterpret_cast<const RowHeader*>(row);
+      const int width = out.widths[i];
+      out.raw_ids[i] = static_cast<int64_t>(raw_id_of(header.key, salts_[header.table]));
+      out.tables[i] = header.table;
+      out.importance[i] = header.importance;
+      std::memcpy(static_cast<std::byte*>(out.values) + to.value, row + sizeof(RowHeader), layout_.vector_bytes(width));
+      std::memcpy(reinterpret_cast<std::byte*>(out.state) + to.state, row + layout_.state_offset(width), layout_.state_bytes(width));
+      to.value += layout_.vector_bytes(width);
+      to.state += layout_.state_bytes(width);
+    }
+  });
+}
+
+ShardState ShardRows::state() const {
+  return {step_, decay_.lowered(), sketch_.base(), lookups_, hits_, admitted_, refused_, resized_, evicted_, admitted_bytes_, asked_bytes_};
+}
+
+void ShardRows::sketch(uint16_t* cells, uint8_t* registers) const {
+  std::copy_n(cells_, config_.sketch_bytes() / static_cast<int64_t>(sizeof(uint16_t)), cells);
+  std::copy(distinct_.registers().begin(), distinct_.registers().end(), registers);
+}
+
+void ShardRows::require_no_rows(const char* what) const {
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    if (pools_.count(width)) throw std::runtime_error(std::string(what) + ": there are rows in the store already");
+  }
+}
+
+void ShardRows::reserve(const std::vector<int64_t>& rows_by_width) {
+  require_no_rows("reserve");
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    const int64_t rows = rows_by_width[width - 1];
+    if (rows < 0 || !pools_.reserve(width, rows)) {
+      throw std::runtime_error("reserve: there is no memory for " + std::to_string(rows) + " rows of width " + std::to_string(width));
+    }
+  }
+}
+
+void ShardRows::put(int64_t n, const HeldRows& rows, const uint32_t* addresses) {
+  const auto* values = static_cast<const std::byte*>(rows.values);
+  const float* state = rows.state;
+  for (int64_t i = 0; i < n; ++i) {
+    const int width = rows.widths[i];
+    const auto table = static_cast<uint16_t>(rows.tables[i]);
+    const uint64_t key = key_of(static_cast<uint64_t>(rows.raw_ids[i]), salts_[table]);
+    const auto fail = [&](const std::string& what) {
+      throw std::runtime_error("row " + std::to_string(i) + " (table " + std::to_string(table) + ", id " + std::to_string(rows.raw_ids[i]) +
+                               ") " + what);
+    };
+    const uint32_t bucket = bucket_of(key);
+    if (bucket < config_.first_bucket || bucket >= config_.end_bucket) fail("belongs to another shard");
+    if (!all_finite(config_.storage, values, width * layout_.chunk)) fail("has a value that is not finite");
+    for (int at = 0; at < layout_.state_bytes(width) / 4; ++at) {
+      if (std::isnan(state[at])) fail("has NaN in its optimizer state");
+    }
+    if (find(key, table) != kAbsent) fail("is already in the store");
+    uint32_t address;
+    if (addresses != nullptr) {
+      address = addresses[i];
+      if (!pools_.holds(address) || pools_.width(address) != width) fail("has an address that is none of its width");
+      if (pools_.header(address).mark == Mark::kPlaced) fail("has the address of another row");
+    } else {
+      address = planned_ + row_bytes_[width] <= limit_ ? pools_.append(width) : kAbsent;
+      if (address == kAbsent) fail("does not fit into the limit of " + std::to_string(limit_) + " bytes");
+    }
+    pools_.header(address) = RowHeader{key, rows.importance[i], table, Mark::kPlaced};
+    if (!index_.insert(key, address, key_at())) fail("finds no memory for its index entry");
+    std::byte* row = pools_.row(address);
+    std::memcpy(row + sizeof(RowHeader), values, layout_.vector_bytes(width));
+    std::memcpy(row + layout_.state_offset(width), state, layout_.state_bytes(width));
+    ++rows_by_[table * layout_.chunks + width - 1];
+    planned_ += row_bytes_[width];
+    values += layout_.vector_bytes(width);
+    state += layout_.state_bytes(width) / 4;
+  }
+}
+
+void ShardRows::put_sketch(uint32_t first_bucket, uint32_t buckets, const uint16_t* cells, int base, const uint8_t* registers) {
+  const int64_t in_bucket = int64_t{config_.sketch_sets} * kSketchEntries;
+  for (uint32_t at = 0; at < buckets; ++at) sketch_.put_bucket(first_bucket + at, cells + at * in_bucket, base);
+  std::copy_n(registers, size_t{kRegistersPerBucket} * buckets,
+              distinct_.registers().data() + size_t{kRegistersPerBucket} * (first_bucket - config_.first_bucket));
+}
+
+void ShardRows::seal() {
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    for (uint32_t at = 0; at < pools_.count(width); ++at) {
+      RowHeader& header = pools_.header(pools_.address_of(width, at));
+      if (header.mark != Mark::kPlaced) {
+        throw std::runtime_error("row " + std::to_string(at) + " of width " + std::to_string(width) + " never came");
+      }
+      header.mark = Mark::kSaved;
+    }
+  }
+}
+
+}  // namespace fiited
