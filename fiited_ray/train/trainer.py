@@ -32,10 +32,10 @@ from fiited_ray.summary import summary
 from fiited_ray.tracked_data import inputs_of
 from fiited_ray.tracked_model import log_model
 from fiited_ray.tracked_system import watching
-from fiited_ray.train.loop import Batches, Stopped, Worker, fit_budget, train
+from fiited_ray.train.loop import Batches, Stopped, Worker, train
 from fiited_ray.train.plan import Plan
 from fiited_ray.train.plots_of_run import log_plots
-from fiited_ray.train.resume import resume_point, storage_path
+from fiited_ray.train.resume import drop_unreadable_list, restore_last, resume_point, storage_path
 from fiited_ray.train.stopping import STOPPED, OnPreemption, StopOnSignal, poll_stop
 from fiited_ray.watchdog import Watchdog
 
@@ -90,6 +90,7 @@ def run(
     synthetic = plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic)
     own_tags = {"method": config.method, "budget": str(config.budget), "synthetic_data": str(synthetic)}
     before = resume_point(config, plan.files)
+    drop_unreadable_list(config)
     run_ref = tracking.open_run(config, {**own_tags, **(tags or {})}, before.run if before else None, inputs_of(plan), name)
     if before:
         progress(f"goes on from {before.folder.path}, step {before.step:,}")
@@ -218,19 +219,6 @@ def _work(setup: dict[str, Any]) -> None:
         saver.wait()
     if writer is not None:
         writer.close()
-
-
-def restore_last(worker: Worker, lineage: str, files: Files) -> None:
-    """Go on from the last checkpoint of this run, if there is one; one of an earlier run in the same folder does not count."""
-    last = ray.train.get_checkpoint()
-    if last is None:
-        return
-    folder = checkpoint.Folder(last.filesystem, last.path)
-    if checkpoint.read_manifest(folder)["run"] != lineage:
-        return
-    checkpoint.restore(checkpoint.open_checkpoint(folder), worker, list(files.rows))
-    fit_budget(worker)
-    worker.tell(f"goes on from {folder.path}, step {worker.step:,}")
 
 
 def use_gpu() -> None:
