@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import ray.train
@@ -15,6 +16,7 @@ from fiited_ray.data.files import Files
 from fiited_ray.train.loop import Worker, fit_budget
 
 _LONGEST_NAME = 128
+_log = logging.getLogger(__name__)
 
 
 def storage_path(config: Config) -> str:
@@ -55,14 +57,16 @@ def restore_last(worker: Worker, run: str, files: Files) -> None:
         last = newest(folder, run)
         name = "" if last is None else last.folder.name
         listed = listed_checkpoints(folder)
-        if listed is not None:
-            sweep(folder, run, listed, config.keep + config.incremental)
+        if listed is not None and (gone := sweep(folder, run, listed, config.keep + config.incremental)):
+            _log.info("deleted, for an earlier attempt left them behind: %s", ", ".join(gone))
     name = _from_rank_0(worker, name)
     if not name:
         return
     restore(open_checkpoint(folder.child(name)), worker, list(files.rows))
     fit_budget(worker)
-    worker.tell(f"goes on from {folder.path}/{name}, step {worker.step:,}")
+    text = f"goes on from {folder.path}/{name}, step {worker.step:,}"
+    _log.info("%s, with %d worker(s)", text, worker.exchange.workers)
+    worker.tell(text)
 
 
 def listed_checkpoints(folder: Folder) -> list[str] | None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -192,8 +193,6 @@ def _work(setup: dict[str, Any]) -> None:
     worker = Worker(config, plan.budget_bytes, exchange, decider, writer, tell, distinct_ids=plan.distinct_ids)
     worker.scored = lambda values: ray.train.report({**values, "step": worker.step})
 
-    restore_last(worker, setup["lineage"], plan.files)
-
     def open_files(name: str, files: Files, batch_size: int, first: Callable[[], int], max_rows: int | None = None) -> Batches:
         if config.data.reader == "ray":
             return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers, first())
@@ -202,10 +201,24 @@ def _work(setup: dict[str, Any]) -> None:
     batch_size = config.train.batch_size
     test = open_files("test", plan.test_files, batch_size * 4, lambda: 0) if plan.test_files else None
     training = open_files("train", plan.files, batch_size, lambda: worker.position.batch, config.data.max_rows)
+
+    with logging_as(rank, lambda: worker.step, logs, config.train.debug):
+        restore_last(worker, setup["lineage"], plan.files)
+        _train(setup, worker, training, test, writer, logs)
+    if writer is not None:
+        writer.close()
+
+
+def _train(
+    setup: dict[str, Any], worker: Worker, training: Batches, test: Batches | None, writer: RunWriter | None, logs: Path | None
+) -> None:
+    """Train from where the worker stands, and save."""
+    plan: Plan = setup["plan"]
+    config, rank = plan.config, worker.exchange.rank
     saver = checkpoint.Saver(worker, checkpoint.RayPublisher(), setup["lineage"], list(plan.files.rows))
     watchdog = Watchdog(config.train.stall_seconds, config.train.timeout_seconds, rank, logs)
     stop_polling = poll_stop(setup["coordinator"], worker) if rank == 0 else contextlib.nullcontext()
-    with logging_as(rank, lambda: worker.step, logs, config.train.debug), watchdog, stop_polling:
+    with watchdog, stop_polling:
         worker.beat = watchdog.beat
         try:
             with watching(setup["run"], config.tracking.system_every if rank == 0 else 0):
@@ -217,8 +230,6 @@ def _work(setup: dict[str, Any]) -> None:
                 log_plots(writer, worker, metrics, plan.files.synthetic)
             saver.save(finished=True, metrics={**metrics, "step": worker.step})
         saver.wait()
-    if writer is not None:
-        writer.close()
 
 
 def use_gpu() -> None:
