@@ -104,7 +104,13 @@ def run(
     resources = {"CPU": 1} | ({"GPU": 1} if config.train.use_gpu else {})
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"plan": plan, "run": run_ref, "coordinator": coordinator, "lineage": before.run if before else run_ref.run_id},
+        train_loop_config={
+            "plan": plan,
+            "run": run_ref,
+            "coordinator": coordinator,
+            "lineage": before.run if before else run_ref.run_id,
+            "output": storage_path(config),  # Ray lets workers work in a folder of their own, where a relative one would be another
+        },
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=config.train.use_gpu,
@@ -183,7 +189,7 @@ def _work(setup: dict[str, Any]) -> None:
     torch.set_num_threads(config.train.threads)
     if config.train.use_gpu:
         use_gpu()
-    logs = log_folder(config.output, config.name)
+    logs = log_folder(setup["output"], config.name)
     journal = logs / "metrics-not-in-mlflow.jsonl" if logs is not None else None
     writer = RunWriter(setup["run"], config.tracking.patience_seconds, journal) if rank == 0 else None
     tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)

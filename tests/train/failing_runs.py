@@ -145,9 +145,10 @@ def gated_driver(config: Config, *closed: str, **environment: str) -> Iterator[t
 
 
 def config_file(config: Config) -> Path:
-    """The configuration as a file beside its output."""
-    path = Path(config.output).parent / "config.yaml"
-    path.write_text(yaml.safe_dump(config.to_dict()))
+    """The configuration as a file beside its output, which it names relative to there."""
+    output = Path(config.output)
+    path = output.parent / "config.yaml"
+    path.write_text(yaml.safe_dump(dataclasses.replace(config, output=output.name).to_dict()))
     return path
 
 
