@@ -10,6 +10,7 @@ import torch
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
+from fiited_ray import tracking
 from fiited_ray.checkpoint import CheckpointError, Folder, Saved, check_compatible, newest, open_checkpoint, restore, sweep
 from fiited_ray.config import Config
 from fiited_ray.data.files import Files
@@ -40,8 +41,10 @@ def resume_point(config: Config, files: Files) -> Saved | None:
         return None
     try:
         saved = newest(run_folder(config))
-        if saved is None or (saved.finished and config.checkpoint.resume == "auto"):
+        if saved is None:
             return None
+        if saved.finished and config.checkpoint.resume == "auto" and not tracking.is_open(config, saved.run):
+            return None  # one that was killed after its last checkpoint has still to be told to MLflow
         check_compatible(saved, config, list(files.rows))
     except CheckpointError as error:
         raise CheckpointError(f"{error}; checkpoint.resume=never starts anew") from error
