@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from small_runs import config, folders, run, solo
 
 from fiited_ray.checkpoint import CheckpointError, Folder, newest, sweep
+from fiited_ray.checkpoint.manifest import encode
 
 RUN = "test"
 STEPS = [6, 12, 18, 24, 30, 36, 40]  # the first and the fourth are whole, two build on each; the last is whole, and finished
@@ -57,6 +59,16 @@ def test_damage_is_an_error_where_nothing_else_is_there(folder: Path) -> None:
     (last / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"manifest\.json: not JSON"):
         found(folder)
+    assert found(folder, RUN) is None  # a run that has just begun cannot say that it is its own
+
+
+def test_one_run_that_was_killed_over_its_first_does_not_hide_another(folder: Path) -> None:
+    first = Path(shutil.copytree(folders(folder)[0], folder / "checkpoint_999999"))
+    content = json.loads((first / "manifest.json").read_text())["content"]
+    (first / "manifest.json").write_bytes(encode(content | {"run": "another"}))
+    assert found(folder) == STEPS[0]
+    (first / "part-00000.json").unlink()
+    assert found(folder) == STEPS[-1]
 
 
 def test_one_whose_base_is_gone_does_not_count(folder: Path) -> None:
