@@ -29,7 +29,7 @@ def test_a_killed_driver_leaves_no_process_and_its_job_goes_on_from_the_newest_c
         process.wait()
         eventually(lambda: gone(others), GONE_WITHIN, "its raylet, workers and all others are gone")
     listed = Path(config.output, config.name, "checkpoint_manager_snapshot.json")
-    listed.write_text(listed.read_text()[:20])  # Ray writes it in place: it may have been in the middle
+    listed.write_text('{"ray_version": ')  # Ray writes it in place, some time after a checkpoint: it may have been in the middle
     again = subprocess.run(
         [sys.executable, str(ROOT / "jobs" / "train.py"), "--config", str(config_file(config))],
         cwd=tmp_path,
