@@ -53,6 +53,7 @@ class RunWriter:
         self._waiting = 0
         self._told: dict[str, int] | None = None  # last step of each metric that MLflow has; None: not asked yet
         self._fault: Exception | None = None  # one that trying again does not mend
+        self._unwritten = False  # the journal could not be written, and that has been told
         self._away: str = ""  # what the store said last, while it is away
         self._closing = threading.Event()
         for entry in self._left_over():
@@ -73,9 +74,7 @@ class RunWriter:
             "step": step,
             "values": {metric_safe(name): value for name, value in values.items() if not math.isnan(value)},
         }
-        if self._journal is not None:
-            with self._lock, self._journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+        self._note(entry)
         self._put(entry)
 
     def figure(self, name: str, figure: Figure) -> None:
@@ -94,6 +93,20 @@ class RunWriter:
         self._thread.join()
         self._raise_fault()
 
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        """Write down what MLflow does not have yet. A disk that is full costs this copy alone."""
+        if self._journal is None:
+            return
+        try:
+            with self._lock, self._journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            if not self._unwritten:
+                _log.warning(
+                    "%s cannot be written: %s; metrics that MLflow does not get are lost if this process dies", self._journal, error
+                )
+            self._unwritten = True
+
     def _put(self, entry: Mapping[str, Any]) -> None:
         with self._lock:
             self._waiting += 1
@@ -111,7 +124,8 @@ class RunWriter:
         with self._lock:
             self._waiting -= 1
             if self._waiting == 0 and self._journal is not None:
-                self._journal.write_text("", encoding="utf-8")
+                with contextlib.suppress(OSError):  # what MLflow has is not told again
+                    self._journal.write_text("", encoding="utf-8")
 
     def _last_steps(self) -> dict[str, int]:
         names = self._client.get_run(self.ref.run_id).data.metrics

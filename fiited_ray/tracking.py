@@ -117,6 +117,22 @@ def finish(ref: RunRef, status: str) -> None:
         MlflowClient(ref.uri).set_terminated(ref.run_id, status)
 
 
+def is_open(config: Config, run_id: str) -> bool:
+    """Whether a run is in the configuration's store and was not brought to its end there.
+
+    Raises:
+        ConfigError: when the tracking store cannot be reached.
+    """
+    uri = absolute_uri(config.tracking.uri)
+    check_address(uri)
+    with redacting(uri, ConfigError):
+        try:
+            run = MlflowClient(uri).get_run(run_id)
+        except MlflowException:
+            return False
+    return bool(run.info.status != "FINISHED")
+
+
 def resume(ref: RunRef) -> bool:
     """Mark a run as running again; False where there is no such run any more."""
     with redacting(ref.uri, ConfigError):

@@ -107,3 +107,12 @@ def test_a_run_that_is_not_there_is_an_error_at_once(tmp_path: Path) -> None:
     writer.metrics(1, {"train/loss": 0.5})
     with pytest.raises(RuntimeError, match=r"no-such-run.*what it lacks lies in .*journal\.jsonl"):
         writer.close()
+
+
+def test_a_journal_that_cannot_be_written_costs_no_step(tmp_path: Path) -> None:
+    ref = make_run(f"sqlite:///{tmp_path}/runs.db")
+    writer = RunWriter(ref, journal=tmp_path / "no folder" / "journal.jsonl")
+    for step in (1, 2):
+        writer.metrics(step, {"train/loss": 0.5})
+    writer.close()
+    assert steps(ref.uri, ref.run_id) == [(1, 0.5), (2, 0.5)]

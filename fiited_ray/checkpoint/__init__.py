@@ -3,6 +3,7 @@
 from fiited_ray.checkpoint.files import Folder
 from fiited_ray.checkpoint.manifest import CheckpointError
 from fiited_ray.checkpoint.model import Model, load_model
+from fiited_ray.checkpoint.newest import newest, sweep
 from fiited_ray.checkpoint.publish import FolderPublisher, RayPublisher
 from fiited_ray.checkpoint.save import Saver
 from fiited_ray.checkpoint.saved import Saved, open_checkpoint, read_manifest
@@ -18,7 +19,9 @@ __all__ = [
     "Saver",
     "check_compatible",
     "load_model",
+    "newest",
     "open_checkpoint",
     "read_manifest",
     "restore",
+    "sweep",
 ]

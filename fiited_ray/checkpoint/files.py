@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from fiited_ray.checkpoint.manifest import CheckpointError, FileFacts
+from fiited_ray.checkpoint.manifest import CheckpointError, FileFacts, IncompleteError
 
 _BLOCK = 1 << 20
 _DTYPES = {
@@ -83,6 +83,29 @@ class Folder:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be made: {error}") from error
 
+    def folders(self) -> list[Folder]:
+        """Folders in this one; none where there is no such folder.
+
+        Raises:
+            CheckpointError: when it cannot be read.
+        """
+        try:
+            found = self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.path, allow_not_found=True))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
+        return [self.child(each.base_name) for each in found if each.type == pyarrow.fs.FileType.Directory]
+
+    def delete(self) -> None:
+        """Delete the folder and all that is in it.
+
+        Raises:
+            CheckpointError: when that is not possible.
+        """
+        try:
+            self.filesystem.delete_dir(self.path)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be deleted: {error}") from error
+
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none.
 
@@ -98,12 +121,13 @@ class Folder:
         """A small file.
 
         Raises:
-            CheckpointError: when it is missing, longer than `most`, or unreadable.
+            IncompleteError: when it is missing.
+            CheckpointError: when it is longer than `most`, or unreadable.
         """
         where = f"{self.path}/{name}"
         size = self.size(name)
         if size is None:
-            raise CheckpointError(f"{where}: missing; {self.path} is not a complete checkpoint")
+            raise IncompleteError(f"{where}: missing; {self.path} is not a complete checkpoint")
         if size > most:
             raise CheckpointError(f"{where}: {size} bytes, more than the {most} that such a file can have")
         try:
@@ -113,9 +137,16 @@ class Folder:
             raise CheckpointError(f"{where}: cannot be read: {error}") from error
 
     def write(self, name: str, data: bytes) -> FileFacts:
-        """Write a small file."""
-        with self._written(name) as stream:
+        """Write a small file; on a local disk it is there as a whole or not at all, as it is on a store of objects.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        written = f".{name}" if self.is_local else name
+        with self._written(written) as stream:
             stream.write(data)
+        if written != name:
+            Path(self.path, written).replace(Path(self.path, name))
         return FileFacts(name, len(data), hashlib.sha256(data).hexdigest())
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor]) -> FileFacts:

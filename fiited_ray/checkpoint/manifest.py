@@ -94,6 +94,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used or written; the message names the file."""
 
 
+class IncompleteError(CheckpointError):
+    """A checkpoint whose manifest or part is missing: it was not written to its end."""
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """A file as a manifest names it."""

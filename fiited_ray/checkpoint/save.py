@@ -7,6 +7,7 @@ written.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -26,6 +27,7 @@ from fiited_ray.store import Rows, ShardSpec
 if TYPE_CHECKING:
     from fiited_ray.train.loop import Worker
 
+_log = logging.getLogger(__name__)
 _FILE_BYTES = 64 << 20  # of rows in one file, about; a single bucket may have more
 
 
@@ -110,6 +112,7 @@ class Saver:
                 self.bytes_written = _write(folder, worker, plan, staging, self._run, self._data_rows)
                 self._base = (folder.name, plan.id)
             except BaseException as error:
+                _log.error("the checkpoint of step %d could not be written: %s", plan.step, error)
                 staging.fail(error)
                 self._base = None
                 raise

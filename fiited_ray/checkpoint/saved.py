@@ -112,6 +112,19 @@ class Saved:
             except ConfigError as error:
                 raise CheckpointError(f"{where}: {error}") from error
 
+    def check_sizes(self) -> None:
+        """Look whether all files of this checkpoint and of those it builds on are there in full length; their checksums are not computed.
+
+        Raises:
+            CheckpointError: naming the first that is not.
+        """
+        for each in self.chain():
+            of_parts = [facts for part in each.parts for facts in (part.shard, *part.files)]
+            for facts in [FileFacts(**named) for named in each.content["files"]] + of_parts:
+                if (size := each.folder.size(facts.name)) != facts.bytes:
+                    there = "missing" if size is None else f"{size} bytes"
+                    raise CheckpointError(f"{each.folder.path}/{facts.name}: {there}, but {facts.bytes} bytes were written")
+
     def chain(self) -> list[Saved]:
         """This checkpoint and those it builds on, newest first."""
         chain, at = [self], self.base

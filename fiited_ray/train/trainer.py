@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,10 +33,10 @@ from fiited_ray.summary import summary
 from fiited_ray.tracked_data import inputs_of
 from fiited_ray.tracked_model import log_model
 from fiited_ray.tracked_system import watching
-from fiited_ray.train.loop import Batches, Stopped, Worker, fit_budget, train
+from fiited_ray.train.loop import Batches, Stopped, Worker, train
 from fiited_ray.train.plan import Plan
 from fiited_ray.train.plots_of_run import log_plots
-from fiited_ray.train.resume import resume_point, storage_path
+from fiited_ray.train.resume import drop_unreadable_list, restore_last, resume_point, storage_path
 from fiited_ray.train.stopping import STOPPED, OnPreemption, StopOnSignal, poll_stop
 from fiited_ray.watchdog import Watchdog
 
@@ -90,6 +91,7 @@ def run(
     synthetic = plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic)
     own_tags = {"method": config.method, "budget": str(config.budget), "synthetic_data": str(synthetic)}
     before = resume_point(config, plan.files)
+    drop_unreadable_list(config)
     run_ref = tracking.open_run(config, {**own_tags, **(tags or {})}, before.run if before else None, inputs_of(plan), name)
     if before:
         progress(f"goes on from {before.folder.path}, step {before.step:,}")
@@ -102,7 +104,13 @@ def run(
     resources = {"CPU": 1} | ({"GPU": 1} if config.train.use_gpu else {})
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"plan": plan, "run": run_ref, "coordinator": coordinator, "lineage": before.run if before else run_ref.run_id},
+        train_loop_config={
+            "plan": plan,
+            "run": run_ref,
+            "coordinator": coordinator,
+            "lineage": before.run if before else run_ref.run_id,
+            "output": storage_path(config),  # Ray lets workers work in a folder of their own, where a relative one would be another
+        },
         scaling_config=ScalingConfig(
             num_workers=config.train.workers,
             use_gpu=config.train.use_gpu,
@@ -181,7 +189,7 @@ def _work(setup: dict[str, Any]) -> None:
     torch.set_num_threads(config.train.threads)
     if config.train.use_gpu:
         use_gpu()
-    logs = log_folder(config.output, config.name)
+    logs = log_folder(setup["output"], config.name)
     journal = logs / "metrics-not-in-mlflow.jsonl" if logs is not None else None
     writer = RunWriter(setup["run"], config.tracking.patience_seconds, journal) if rank == 0 else None
     tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
@@ -191,8 +199,6 @@ def _work(setup: dict[str, Any]) -> None:
     worker = Worker(config, plan.budget_bytes, exchange, decider, writer, tell, distinct_ids=plan.distinct_ids)
     worker.scored = lambda values: ray.train.report({**values, "step": worker.step})
 
-    restore_last(worker, setup["lineage"], plan.files)
-
     def open_files(name: str, files: Files, batch_size: int, first: Callable[[], int], max_rows: int | None = None) -> Batches:
         if config.data.reader == "ray":
             return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers, first())
@@ -201,10 +207,24 @@ def _work(setup: dict[str, Any]) -> None:
     batch_size = config.train.batch_size
     test = open_files("test", plan.test_files, batch_size * 4, lambda: 0) if plan.test_files else None
     training = open_files("train", plan.files, batch_size, lambda: worker.position.batch, config.data.max_rows)
+
+    with logging_as(rank, lambda: worker.step, logs, config.train.debug):
+        restore_last(worker, setup["lineage"], plan.files)
+        _train(setup, worker, training, test, writer, logs)
+    if writer is not None:
+        writer.close()
+
+
+def _train(
+    setup: dict[str, Any], worker: Worker, training: Batches, test: Batches | None, writer: RunWriter | None, logs: Path | None
+) -> None:
+    """Train from where the worker stands, and save."""
+    plan: Plan = setup["plan"]
+    config, rank = plan.config, worker.exchange.rank
     saver = checkpoint.Saver(worker, checkpoint.RayPublisher(), setup["lineage"], list(plan.files.rows))
     watchdog = Watchdog(config.train.stall_seconds, config.train.timeout_seconds, rank, logs)
     stop_polling = poll_stop(setup["coordinator"], worker) if rank == 0 else contextlib.nullcontext()
-    with logging_as(rank, lambda: worker.step, logs, config.train.debug), watchdog, stop_polling:
+    with watchdog, stop_polling:
         worker.beat = watchdog.beat
         try:
             with watching(setup["run"], config.tracking.system_every if rank == 0 else 0):
@@ -216,21 +236,6 @@ def _work(setup: dict[str, Any]) -> None:
                 log_plots(writer, worker, metrics, plan.files.synthetic)
             saver.save(finished=True, metrics={**metrics, "step": worker.step})
         saver.wait()
-    if writer is not None:
-        writer.close()
-
-
-def restore_last(worker: Worker, lineage: str, files: Files) -> None:
-    """Go on from the last checkpoint of this run, if there is one; one of an earlier run in the same folder does not count."""
-    last = ray.train.get_checkpoint()
-    if last is None:
-        return
-    folder = checkpoint.Folder(last.filesystem, last.path)
-    if checkpoint.read_manifest(folder)["run"] != lineage:
-        return
-    checkpoint.restore(checkpoint.open_checkpoint(folder), worker, list(files.rows))
-    fit_budget(worker)
-    worker.tell(f"goes on from {folder.path}, step {worker.step:,}")
 
 
 def use_gpu() -> None:

@@ -93,6 +93,20 @@ def test_a_job_submitted_again_ends_as_if_it_had_never_stopped(config: Config, r
     assert found.step == STEPS
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_in_mlflow_is_brought_to_its_end(config: Config, ray_local: None) -> None:
+    cut = dataclasses.replace(config, name="cut", train=dataclasses.replace(config.train, max_steps=4))
+    first = run(make_plan(cut), lambda text: None)
+    client = mlflow.MlflowClient(first.run.uri)
+    client.update_run(first.run.run_id, status="RUNNING")
+    told: list[str] = []
+    again = run(make_plan(cut), told.append)
+    assert told[0].endswith("step 4")
+    assert again.run.run_id == first.run.run_id
+    assert client.get_run(first.run.run_id).info.status == "FINISHED"
+    assert [each.step for each in client.get_metric_history(first.run.run_id, "train/loss")] == [2, 4]
+    assert load_model(again.model_folder).step == 4
+
+
 def point(config: Config, resume: str, **settings: int) -> Saved | None:
     checkpoint = dataclasses.replace(config.checkpoint, resume=resume)
     again = dataclasses.replace(config, checkpoint=checkpoint, train=dataclasses.replace(config.train, **settings))
