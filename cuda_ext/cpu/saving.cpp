@@ -81,7 +81,7 @@ void ShardRows::take(int64_t n, const uint32_t* addresses, const HeldRows& out) 
       out.tables[i] = header.table;
       out.importance[i] = header.importance;
       std::memcpy(static_cast<std::byte*>(out.values) + to.value, row + sizeof(RowHeader), layout_.vector_bytes(width));
-      std::memcpy(reinterpret_cast<std::byte*>(out.state) + to.state, row + layout_.state_offset(width), layout_.state_bytes(width));
+      std::copy_n(row + layout_.state_offset(width), layout_.state_bytes(width), reinterpret_cast<std::byte*>(out.state) + to.state);
       to.value += layout_.vector_bytes(width);
       to.state += layout_.state_bytes(width);
     }
@@ -144,7 +144,7 @@ void ShardRows::put(int64_t n, const HeldRows& rows, const uint32_t* addresses) 
     if (!index_.insert(key, address, key_at())) fail("finds no memory for its index entry");
     std::byte* row = pools_.row(address);
     std::memcpy(row + sizeof(RowHeader), values, layout_.vector_bytes(width));
-    std::memcpy(row + layout_.state_offset(width), state, layout_.state_bytes(width));
+    std::copy_n(reinterpret_cast<const std::byte*>(state), layout_.state_bytes(width), row + layout_.state_offset(width));
     ++rows_by_[table * layout_.chunks + width - 1];
     planned_ += row_bytes_[width];
     values += layout_.vector_bytes(width);

@@ -165,8 +165,9 @@ def _rows_of(tensors: dict[str, Tensor], file: RowsFile, spec: ShardSpec, where:
         raise CheckpointError(f"{where}: a row's width is not between 1 and {spec.chunks}")
     if bool(((rows.tables < 0) | (rows.tables >= spec.tables)).any()):
         raise CheckpointError(f"{where}: a row's table is not one of {spec.tables}")
-    values = int(rows.widths.long().sum()) * spec.chunk
-    state = int(spec.state_sizes()[rows.widths.long()].sum())
+    rows_by_width = torch.bincount(rows.widths, minlength=spec.chunks + 1)
+    values = int((rows_by_width * torch.arange(spec.chunks + 1)).sum()) * spec.chunk
+    state = int((rows_by_width * spec.state_sizes()).sum())
     if rows.values.shape != (values,) or rows.state.shape != (state,) or rows.values.dtype != spec.dtype:
         raise CheckpointError(
             f"{where}: {rows.values.dtype} values {list(rows.values.shape)} and state {list(rows.state.shape)}, but its rows need "
