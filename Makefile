@@ -36,19 +36,19 @@ train: $(VENV)/.built $(if $(findstring synthetic,$(CONFIG)),data/synthetic)  ##
 	@$(bin)/python jobs/train.py --config $(CONFIG) $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.emulated $(VENV)/.dev  ## the whole test suite
-	@$(bin)/python -m pytest -q tests
+	@$(bin)/python -m pytest -q -n 2 --dist loadfile --durations 20 tests
 
 emulation: $(VENV)/.emulated  ## build the CUDA sources for the CPU, as the tests run them
 
 cuda-check: $(VENV)/.emulated $(VENV)/.dev  ## compile the CUDA sources where nvcc is, and test them emulated; no GPU is needed
 	@$(bin)/python cuda_ext/nvcc.py build/cuda
-	@$(bin)/python -m pytest -q tests/store/test_devices.py tests/store/test_saving.py -k "devices or emulated"
+	@$(bin)/python -m pytest -q -n 2 tests/store/test_devices.py tests/store/test_saving.py -k "devices or emulated"
 
 sanitize: $(VENV)/.dependencies $(VENV)/.dev  ## the store's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@FIITED_RAY_SANITIZE=1 $(bin)/python setup.py -q build --build-base build/sanitize --build-lib $(sanitized)
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(sanitized) \
-	  $(bin)/python -P -m pytest -q --capture=sys -p no:cacheprovider tests/store --ignore tests/store/test_builds.py
+	  $(bin)/python -P -m pytest -q -n 2 -p no:cacheprovider tests/store --ignore tests/store/test_builds.py -k "not emulated" --capture=sys
 
 lint: $(VENV)/.built $(VENV)/.dev  ## formatting, lint and types
 	@$(bin)/ruff check .
