@@ -45,6 +45,7 @@ def test_a_missing_shard_ends_the_round_without_a_decision() -> None:
 @pytest.mark.usefixtures("ray_local")
 def test_after_the_actor_dies_the_next_rounds_proceed_and_nobody_hangs() -> None:
     actor = start_coordinator(POLICY, 1, wait_seconds=5)
+    assert alive(actor)  # its process takes longer to start than a round waits, on a busy machine
     decider = RemoteDecider(actor, 0, wait_seconds=5)
     assert decider.decide(1, report(0), STATE) is not None
     ray.kill(actor, no_restart=False)

@@ -153,6 +153,24 @@ def test_submitted_evaluation_scores_the_model_as_training_did(cluster: Cluster,
     assert f"quality (test set): {quality}" in submitted.trained
 
 
+def test_submitted_sweep_answers_and_its_best_configuration_trains_as_a_job(cluster: Cluster, prepared: Path) -> None:
+    data = prepared / "synthetic"
+    settings = [f"data.train={data}/train.parquet", f"data.test={data}/test.parquet", f"output={prepared}/runs", "name=swept"]
+    settings += ["train.batch_size=256", "train.max_steps=5", "train.workers=1", f"tracking.uri=sqlite:///{prepared}/swept.db"]
+    options = ["--config", "jobs/configs/synthetic.yaml", "--methods", "full,fiited", "--budgets", "50%", "--drop", "0.5"]
+    sweep = cluster.submit("python", "jobs/tune.py", "grid", *options, *settings)
+    assert sweep.returncode == 0, sweep.stdout
+    assert "fiited 50%" in sweep.stdout
+    assert "is the smallest within 0.5 AUC of full width" in sweep.stdout
+    training = cluster.submit("python", "jobs/train.py", "--config", f"{prepared}/runs/swept/best.yaml")
+    assert training.returncode == 0, training.stdout
+    client = MlflowClient(f"sqlite:///{prepared}/swept.db")
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()], order_by=["attributes.start_time"])
+    assert [(run.info.run_name, run.info.status) for run in runs] == [
+        (name, "FINISHED") for name in ("swept", "full", "fiited 50%", "swept-best")
+    ]
+
+
 def test_submission_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("true", HOME=str(tmp_path), RAY_AUTH_MODE="disabled")
     assert job.returncode != 0
