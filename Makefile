@@ -36,7 +36,7 @@ train: $(VENV)/.built $(if $(findstring synthetic,$(CONFIG)),data/synthetic)  ##
 	@$(bin)/python jobs/train.py --config $(CONFIG) $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.emulated $(VENV)/.dev  ## the whole test suite
-	@$(bin)/python -m pytest -q -n 2 --dist loadfile --durations 20 tests
+	@$(bin)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 20 tests
 
 emulation: $(VENV)/.emulated  ## build the CUDA sources for the CPU, as the tests run them
 
