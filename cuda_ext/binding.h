@@ -190,9 +190,10 @@ inline int64_t store_shrink(Shard& shard, double threshold) {
 
 inline Tensor store_stats(Shard& shard) {
   const fiited::ShardStats s = shard.stats();
+  const fiited::Counts& c = s.counted;
   return from_vector<int64_t>(
       {s.payload, s.optimizer, s.index,   s.sketch, s.slack,    s.total,   s.planned, s.fixed,   s.limit,          s.peak,
-       s.rows,    s.distinct,  s.lookups, s.hits,   s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes, s.asked_bytes},
+       s.rows,    s.distinct,  c.lookups, c.hits,   c.admitted, c.refused, c.resized, c.evicted, c.admitted_bytes, c.asked_bytes},
       ScalarType::Long);
 }
 

@@ -100,8 +100,9 @@ struct Saving {
 
   static Tensor state(int64_t handle) {
     const ShardState s = shard_at(handle)->state();
+    const Counts& c = s.counted;
     return from_vector<int64_t>(
-        {s.step, s.lowered, s.base, s.lookups, s.hits, s.admitted, s.refused, s.resized, s.evicted, s.admitted_bytes, s.asked_bytes},
+        {s.step, s.lowered, s.base, c.lookups, c.hits, c.admitted, c.refused, c.resized, c.evicted, c.admitted_bytes, c.asked_bytes},
         ScalarType::Long);
   }
 
@@ -109,7 +110,7 @@ struct Saving {
     REQUIRE(n.size() == 11, "a shard's state is 11 integers");
     REQUIRE(threshold >= 0 && threshold < 3e38, "the threshold is not a number >= 0");
     REQUIRE(n[0] >= 0 && n[1] >= 0 && std::abs(n[2]) < 1024, "the shard's state is out of range");
-    shard_at(handle)->restore({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]}, threshold);
+    shard_at(handle)->restore({n[0], n[1], n[2], {n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]}}, threshold);
   }
 
   // Sketch cells [buckets, sets * 32] and registers of the distinct counter [buckets, 4].

@@ -43,30 +43,22 @@ struct ShardConfig {
   // The distinct counter and the rows by table and width; the sketch.
   int64_t counter_bytes() const;
   int64_t sketch_bytes() const;
+  // Small fixed parts that do not come from the shard's memory.
+  int64_t uncounted_bytes() const;
+};
+
+struct Counts {
+  int64_t lookups = 0, hits = 0;  // since the store was made, with repeats
+  int64_t admitted = 0, refused = 0, resized = 0, evicted = 0, admitted_bytes = 0;
+  int64_t asked_bytes = 0;  // of rows worth having, let in or not, since the store was made
 };
 
 struct ShardStats {
   int64_t payload, optimizer, index, sketch, slack, total;  // bytes; total is their sum
   int64_t planned, fixed, limit, peak;                      // bytes; peak since the last time it was asked for
   int64_t rows, distinct;
-  int64_t lookups, hits;  // since the store was made, counted with repeats
-  int64_t admitted, refused, resized, evicted, admitted_bytes;
-  int64_t asked_bytes;  // of rows worth having, let in or not, since the store was made
+  Counts counted;
 };
-
-// What rows of widths 1, 2, ... take: `index` is their headers alone, and what does not follow from the rows is 0.
-template <class CountOf>
-ShardStats stats_of_rows(const RowLayout& layout, CountOf&& count_of) {
-  ShardStats stats{};
-  for (int width = 1; width <= layout.chunks; ++width) {
-    const int64_t count = count_of(width);
-    stats.rows += count;
-    stats.payload += count * layout.vector_bytes(width);
-    stats.optimizer += count * layout.state_bytes(width);
-    stats.index += count * static_cast<int64_t>(sizeof(RowHeader));
-  }
-  return stats;
-}
 
 // Rows ordered by key, and by table where keys are equal.
 struct ExportedRows {
@@ -99,7 +91,7 @@ struct ShardState {
   int64_t step;     // of the last update
   int64_t lowered;  // octaves that importances have been scaled down
   int64_t base;     // of the sketch's levels
-  int64_t lookups, hits, admitted, refused, resized, evicted, admitted_bytes, asked_bytes;
+  Counts counted;
 };
 
 // For each virtual bucket, which of the ranges it is in; range i ends before ends[i].
@@ -149,7 +141,7 @@ class Shard {
 
   virtual ShardStats stats() = 0;
   virtual void rows_by_width(int64_t* out) const = 0;  // [tables, chunks]
-  virtual void reset_round_counters() = 0;
+  void reset_round_counters() { counted_ = {.lookups = counted_.lookups, .hits = counted_.hits, .asked_bytes = counted_.asked_bytes}; }
 
   ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const;
   virtual void check() const = 0;
@@ -178,10 +170,44 @@ class Shard {
   double threshold() const { return threshold_; }
 
  protected:
-  explicit Shard(const ShardConfig& config) : config_(config), decay_(config.decay) {}
+  explicit Shard(const ShardConfig& config)
+      : config_(config), layout_(config.layout()), decay_(config.decay), planned_(config.fixed_bytes()) {
+    for (int width = 0; width <= config.chunks; ++width) row_bytes_.push_back(width ? config.row_bytes(width) : 0);
+  }
+
+  // What is counted in the same way on every device: all but `distinct`, and the lookups where the device counts them.
+  template <class Pools, class Index, class Memory>
+  ShardStats stats_of(const Pools& pools, const Index& index, Memory& memory) const {
+    ShardStats s{};
+    for (int width = 1; width <= layout_.chunks; ++width) {
+      const int64_t rows = pools.count(width);
+      s.rows += rows;
+      s.payload += rows * layout_.vector_bytes(width);
+      s.optimizer += rows * layout_.state_bytes(width);
+      s.index += rows * static_cast<int64_t>(sizeof(RowHeader));
+    }
+    s.index += index.bytes();
+    s.sketch = static_cast<int64_t>(Memory::rounded(config_.sketch_bytes())) + config_.counter_bytes();
+    s.total = memory.used() + config_.uncounted_bytes();
+    s.slack = s.total - s.payload - s.optimizer - s.index - s.sketch;
+    s.planned = planned_;
+    s.fixed = config_.fixed_bytes();
+    s.limit = limit_ == Memory::kUnlimited ? 0 : limit_;
+    s.peak = memory.take_peak() + config_.uncounted_bytes();
+    s.counted = counted_;
+    return s;
+  }
+
   ShardConfig config_;
+  RowLayout layout_;
   Decay decay_;
   double threshold_ = 0.0;
+  std::vector<int64_t> row_bytes_;  // by width
+  std::vector<float> cuts_;
+  int64_t limit_ = 0;
+  int64_t planned_;
+  int64_t step_ = 0;  // of the last update
+  Counts counted_;
 };
 
 }  // namespace fiited

@@ -29,6 +29,8 @@ size_t ShardConfig::granule() const {
 
 int64_t ShardConfig::counter_bytes() const { return int64_t{kRegistersPerBucket} * buckets() + int64_t{8} * tables * chunks; }
 
+int64_t ShardConfig::uncounted_bytes() const { return Index::directory_bytes(partitions_log2()) + counter_bytes(); }
+
 int64_t ShardConfig::sketch_bytes() const { return Sketch::kSetBytes * sketch_sets * buckets(); }
 
 int64_t ShardConfig::row_bytes(int width) const { return layout().stride(width) + Index::kBytesPerRow; }

@@ -10,7 +10,6 @@ namespace fiited {
 
 ShardRows::ShardRows(const ShardConfig& config)
     : CpuShard(config),
-      layout_(config.layout()),
       index_(memory_, config.partitions_log2()),
       pools_(memory_, layout_, config.granule()),
       cells_(static_cast<uint16_t*>(memory_.take(config.sketch_bytes()))),
@@ -19,14 +18,12 @@ ShardRows::ShardRows(const ShardConfig& config)
       rows_by_(static_cast<size_t>(config.tables) * config.chunks, 0) {
   if (cells_ == nullptr) throw std::runtime_error("no memory for the sketch of " + std::to_string(config.sketch_bytes()) + " bytes");
   for (int table = 0; table < config.tables; ++table) salts_.push_back(table_salt(config.seed, table));
-  for (int width = 0; width <= config.chunks; ++width) row_bytes_.push_back(width ? config.row_bytes(width) : 0);
-  planned_ = config.fixed_bytes();
   ShardRows::set_limit(config.limit_bytes);
 }
 
 void ShardRows::set_limit(int64_t bytes) {
   limit_ = bytes > 0 ? bytes : Memory::kUnlimited;
-  memory_.set_limit(bytes > 0 ? bytes - uncounted_bytes() : Memory::kUnlimited);
+  memory_.set_limit(bytes > 0 ? bytes - config_.uncounted_bytes() : Memory::kUnlimited);
 }
 
 void ShardRows::histogram(int64_t* out) const {
@@ -39,24 +36,8 @@ void ShardRows::histogram(int64_t* out) const {
 }
 
 ShardStats ShardRows::stats() {
-  ShardStats s = stats_of_rows(layout_, [&](int width) { return int64_t{pools_.count(width)}; });
-  s.index += index_.bytes();
-  s.sketch = static_cast<int64_t>(Memory::rounded(config_.sketch_bytes())) + config_.counter_bytes();
-  s.total = memory_.used() + uncounted_bytes();
-  s.slack = s.total - s.payload - s.optimizer - s.index - s.sketch;
-  s.planned = planned_;
-  s.fixed = config_.fixed_bytes();
-  s.limit = limit_ == Memory::kUnlimited ? 0 : limit_;
-  s.peak = memory_.take_peak() + uncounted_bytes();
+  ShardStats s = stats_of(pools_, index_, memory_);
   s.distinct = distinct_.estimate();
-  s.lookups = lookups_;
-  s.hits = hits_;
-  s.admitted = admitted_;
-  s.refused = refused_;
-  s.resized = resized_;
-  s.evicted = evicted_;
-  s.admitted_bytes = admitted_bytes_;
-  s.asked_bytes = asked_bytes_;
   return s;
 }
 
@@ -92,10 +73,11 @@ void ShardRows::check() const {
   for (size_t at = 0; at < rows_by.size(); ++at) {
     require(rows_by[at] == rows_by_[at], "rows by table and width are counted", rows_by_[at], rows_by[at]);
   }
-  const int64_t taken = memory_.used() + uncounted_bytes();
+  const int64_t taken = memory_.used() + config_.uncounted_bytes();
   require(taken <= limit_, "bytes taken stay within the limit", taken, limit_);
   require(taken <= planned_, "bytes taken stay within the planned ones", taken, planned_);
 }
+
 // A row as a person knows it.
 std::string ShardRows::name_of(uint32_t address) const {
   const RowHeader& header = pools_.header(address);
@@ -104,6 +86,7 @@ std::string ShardRows::name_of(uint32_t address) const {
          std::to_string(static_cast<int64_t>(raw_id_of(header.key, salts_[header.table]))) + " (width " +
          std::to_string(pools_.width(address)) + ")";
 }
+
 // What must hold for one row; throws naming the row and what does not.
 void ShardRows::check_row(uint32_t address) const {
   const RowHeader& header = pools_.header(address);
@@ -129,4 +112,5 @@ void ShardRows::check_row(uint32_t address) const {
     require(std::isfinite(state[at]), "value " + std::to_string(at) + " of its optimizer state is " + std::to_string(state[at]));
   }
 }
+
 }  // namespace fiited

@@ -28,7 +28,6 @@ class ShardRows : public CpuShard {
   void histogram(int64_t* out) const override;
   ShardStats stats() override;
   void rows_by_width(int64_t* out) const override { std::copy(rows_by_.begin(), rows_by_.end(), out); }
-  void reset_round_counters() override { admitted_ = refused_ = resized_ = evicted_ = admitted_bytes_ = 0; }
   void check() const override;
 
   std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const override;
@@ -71,28 +70,18 @@ class ShardRows : public CpuShard {
     }
   }
 
-  // Small fixed parts that do not come from memory_.
-  int64_t uncounted_bytes() const { return Index::directory_bytes(config_.partitions_log2()) + config_.counter_bytes(); }
   void require_no_rows(const char* what) const;
   std::string name_of(uint32_t address) const;
   void check_row(uint32_t address) const;
 
   Memory memory_;
-  RowLayout layout_;
   Index index_;
   Pools pools_;
   uint16_t* cells_;
   Sketch sketch_;
   DistinctCounter distinct_;
   std::vector<TableSalt> salts_;
-  std::vector<int64_t> row_bytes_;
   std::vector<int64_t> rows_by_;
-  std::vector<float> cuts_;
-  int64_t limit_ = 0;
-  int64_t planned_ = 0;
-  int64_t step_ = 0;
-  int64_t lookups_ = 0, hits_ = 0;
-  int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0, asked_bytes_ = 0;
 };
 
 }  // namespace fiited

@@ -88,9 +88,7 @@ void ShardRows::take(int64_t n, const uint32_t* addresses, const HeldRows& out) 
   });
 }
 
-ShardState ShardRows::state() const {
-  return {step_, decay_.lowered(), sketch_.base(), lookups_, hits_, admitted_, refused_, resized_, evicted_, admitted_bytes_, asked_bytes_};
-}
+ShardState ShardRows::state() const { return {step_, decay_.lowered(), sketch_.base(), counted_}; }
 
 void ShardRows::sketch(uint16_t* cells, uint8_t* registers) const {
   std::copy_n(cells_, config_.sketch_bytes() / static_cast<int64_t>(sizeof(uint16_t)), cells);

@@ -58,8 +58,8 @@ class ShardOf final : public ShardRows {
       lookups += asked;
       hits += found;
     });
-    lookups_ += lookups;
-    hits_ += hits;
+    counted_.lookups += lookups;
+    counted_.hits += hits;
     if (!training || threshold_ != 0.0) return;
     full_ = false;
     for (int64_t i = 0; i < n; ++i) {
@@ -139,14 +139,7 @@ class ShardOf final : public ShardRows {
     threshold_ = threshold;
     advance(state.step);
     set_cuts();
-    lookups_ = state.lookups;
-    hits_ = state.hits;
-    admitted_ = state.admitted;
-    refused_ = state.refused;
-    resized_ = state.resized;
-    evicted_ = state.evicted;
-    admitted_bytes_ = state.admitted_bytes;
-    asked_bytes_ = state.asked_bytes;
+    counted_ = state.counted;
   }
 
  private:
@@ -190,9 +183,9 @@ class ShardOf final : public ShardRows {
   // A row for a key that is worth one, if the key is among the share that is let in at this step and there is room. After the first that
   // finds none, no other gets in at this step, so that who does can be found by prefix sums.
   uint32_t ask(uint64_t key, uint16_t table, int width, float scaled_importance, int64_t step, uint64_t quota) {
-    asked_bytes_ += row_bytes_[width];
+    counted_.asked_bytes += row_bytes_[width];
     if (full_ || !let_in(key, step, quota)) {
-      ++refused_;
+      ++counted_.refused;
       return kAbsent;
     }
     const uint32_t address = admit(key, table, width, scaled_importance);
@@ -205,22 +198,22 @@ class ShardOf final : public ShardRows {
     uint32_t address = kAbsent;
     if (planned_ + row_bytes_[width] <= limit_) address = pools_.append(width);
     if (address == kAbsent) {
-      ++refused_;
+      ++counted_.refused;
       return kAbsent;
     }
     std::byte* row = pools_.row(address);
     pools_.header(address) = RowHeader{key, scaled_importance, table, Mark::kChanged};
     if (!index_.insert(key, address, key_at())) {
       pools_.remove(address);
-      ++refused_;
+      ++counted_.refused;
       return kAbsent;
     }
     initialise(row, width, 0, key, table, config_.init_scale);
     std::memset(row + layout_.state_offset(width), 0, layout_.state_bytes(width));
     ++rows_by_[table * layout_.chunks + width - 1];
     planned_ += row_bytes_[width];
-    admitted_bytes_ += row_bytes_[width];
-    ++admitted_;
+    counted_.admitted_bytes += row_bytes_[width];
+    ++counted_.admitted;
     return address;
   }
 
@@ -239,7 +232,7 @@ class ShardOf final : public ShardRows {
     --rows_by_[header.table * layout_.chunks + width - 1];
     planned_ -= row_bytes_[width];
     drop(address);
-    ++evicted_;
+    ++counted_.evicted;
   }
 
   // Gives a row another width: the common prefix stays, what is new starts clean.
@@ -247,7 +240,7 @@ class ShardOf final : public ShardRows {
     const int old = pools_.width(from);
     const uint32_t to = planned_ - row_bytes_[old] + row_bytes_[width] <= limit_ ? pools_.append(width) : kAbsent;
     if (to == kAbsent) {
-      ++refused_;
+      ++counted_.refused;
       return;
     }
     const int kept = std::min(old, width);
@@ -263,7 +256,7 @@ class ShardOf final : public ShardRows {
     ++rows_by_[header.table * layout_.chunks + width - 1];
     planned_ += row_bytes_[width] - row_bytes_[old];
     drop(from);
-    ++resized_;
+    ++counted_.resized;
   }
 
   void copy_state(const std::byte* source, int old, std::byte* target, int width) const {

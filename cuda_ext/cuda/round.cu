@@ -46,7 +46,7 @@ void DeviceShard::change_width(int width, bool growing) {
     } else if (size > 1) {
       wave = size / 2;
     } else {  // there is no room for this one: it stays as it is
-      ++refused_;
+      ++counted_.refused;
       --end;
     }
   }
@@ -99,7 +99,7 @@ bool DeviceShard::change_rows(int width, bool growing, uint32_t begin, uint32_t 
       return false;
     }
   }
-  refused_ += told.refused;
+  counted_.refused += told.refused;
   if (!growing) growth_ += told.growth;
   const int64_t evicted = told.by_width[0];
   const int64_t leaving = n - told.by_width[stays];
@@ -116,8 +116,8 @@ bool DeviceShard::change_rows(int width, bool growing, uint32_t begin, uint32_t 
     planned_ += told.by_width[goal] * (row_bytes_[goal] - row_bytes_[width]);
   }
   planned_ -= evicted * row_bytes_[width];
-  evicted_ += evicted;
-  resized_ += leaving - evicted;
+  counted_.evicted += evicted;
+  counted_.resized += leaving - evicted;
   return true;
 }
 

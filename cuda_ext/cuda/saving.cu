@@ -143,8 +143,10 @@ void DeviceShard::gather_rows(int64_t n, const uint32_t* addresses, const Staged
 
 ShardState DeviceShard::state() const {
   if (stale_) read_board();
-  return {step_,    decay_.lowered(), levels_.base, known_.lookups,  known_.hits, admitted_,
-          refused_, resized_,         evicted_,     admitted_bytes_, asked_bytes_};
+  ShardState s{step_, decay_.lowered(), levels_.base, counted_};
+  s.counted.lookups = known_.lookups;
+  s.counted.hits = known_.hits;
+  return s;
 }
 
 void DeviceShard::sketch(uint16_t* cells, uint8_t* registers) const {
@@ -165,15 +167,10 @@ void DeviceShard::restore(const ShardState& state, double threshold) {
   threshold_ = threshold;
   cuts_ = cuts_of(threshold_, config_.levels);
   advance(state.step);
-  upload(stream_, &board_.get()->lookups, &state.lookups, 1);
-  upload(stream_, &board_.get()->hits, &state.hits, 1);
+  upload(stream_, &board_.get()->lookups, &state.counted.lookups, 1);
+  upload(stream_, &board_.get()->hits, &state.counted.hits, 1);
   stale_ = true;
-  admitted_ = state.admitted;
-  refused_ = state.refused;
-  resized_ = state.resized;
-  evicted_ = state.evicted;
-  admitted_bytes_ = state.admitted_bytes;
-  asked_bytes_ = state.asked_bytes;
+  counted_ = state.counted;
 }
 
 void DeviceShard::reserve(const std::vector<int64_t>& rows_by_width) {

@@ -7,15 +7,12 @@ namespace fiited::device {
 
 DeviceShard::DeviceShard(const ShardConfig& config)
     : StepShard(config),
-      layout_(config.layout()),
       index_(nullptr, ledger_, config.partitions_log2()),
       pools_(ledger_, layout_, config.granule()),
       board_(nullptr, 1),
       rows_by_(nullptr, int64_t{config.tables} * config.chunks),
       left_(nullptr, kMostParts) {
   if (config.chunks > kMostChunks) throw std::runtime_error("chunks must be at most " + std::to_string(kMostChunks));
-  for (int width = 0; width <= config.chunks; ++width) row_bytes_.push_back(width ? config.row_bytes(width) : 0);
-  planned_ = config.fixed_bytes();
   ledger_.charge(static_cast<int64_t>(Memory::rounded(config.sketch_bytes())));
   cells_ = static_cast<uint16_t*>(allocate(stream_, config.sketch_bytes()));
   if (cells_ == nullptr) throw std::runtime_error("no memory for the sketch of " + std::to_string(config.sketch_bytes()) + " bytes");
@@ -44,11 +41,8 @@ std::shared_ptr<StepShard> make_shard(const ShardConfig& config) {
 
 void DeviceShard::set_limit(int64_t bytes) {
   limit_ = bytes > 0 ? bytes : Memory::kUnlimited;
-  ledger_.set_limit(bytes > 0 ? bytes - uncounted_bytes() : Memory::kUnlimited);
+  ledger_.set_limit(bytes > 0 ? bytes - config_.uncounted_bytes() : Memory::kUnlimited);
 }
-
-// Small fixed parts that are not taken through the ledger.
-int64_t DeviceShard::uncounted_bytes() const { return Index::directory_bytes(config_.partitions_log2()) + config_.counter_bytes(); }
 
 View DeviceShard::view() const {
   View view{};
@@ -145,8 +139,8 @@ void DeviceShard::lookup(int64_t n, const int64_t* keys, const int32_t* tables, 
   Board told = read_board();
   throw_if_any(stream_, told.faults);
   told.by_width[layout_.chunks] = static_cast<uint32_t>(told.granted);
-  asked_bytes_ += told.asked * row_bytes_[layout_.chunks];
-  refused_ += told.asked - told.granted;
+  counted_.asked_bytes += told.asked * row_bytes_[layout_.chunks];
+  counted_.refused += told.asked - told.granted;
   admit({told.granted, chosen.get(), reinterpret_cast<const uint64_t*>(keys), tables, nullptr, nullptr, addresses, widths}, told);
 }
 
@@ -167,9 +161,9 @@ void DeviceShard::admit(const NewRows& rows, const Board& board) {
     const int64_t bytes = board.by_width[width] * row_bytes_[width];
     pools_.set_count(width, pools_.count(width) + board.by_width[width]);
     planned_ += bytes;
-    admitted_bytes_ += bytes;
+    counted_.admitted_bytes += bytes;
   }
-  admitted_ += rows.count;
+  counted_.admitted += rows.count;
 }
 
 template <class Stored>
@@ -291,30 +285,14 @@ void DeviceShard::histogram(int64_t* out) const {
 
 ShardStats DeviceShard::stats() {
   if (stale_) read_board();
-  ShardStats s = stats_of_rows(layout_, [&](int width) { return int64_t{pools_.count(width)}; });
-  s.index += index_.bytes();
-  s.sketch = static_cast<int64_t>(Memory::rounded(config_.sketch_bytes())) + config_.counter_bytes();
-  s.total = ledger_.used() + uncounted_bytes();
-  s.slack = s.total - s.payload - s.optimizer - s.index - s.sketch;
-  s.planned = planned_;
-  s.fixed = config_.fixed_bytes();
-  s.limit = limit_ == Memory::kUnlimited ? 0 : limit_;
-  s.peak = ledger_.take_peak() + uncounted_bytes();
+  ShardStats s = stats_of(pools_, index_, ledger_);
   s.distinct = distinct_estimate(reinterpret_cast<const uint8_t*>(known_.distinct), int64_t{kRegistersPerBucket} * config_.buckets());
-  s.lookups = known_.lookups;
-  s.hits = known_.hits;
-  s.admitted = admitted_;
-  s.refused = refused_;
-  s.resized = resized_;
-  s.evicted = evicted_;
-  s.admitted_bytes = admitted_bytes_;
-  s.asked_bytes = asked_bytes_;
+  s.counted.lookups = known_.lookups;
+  s.counted.hits = known_.hits;
   return s;
 }
 
 void DeviceShard::rows_by_width(int64_t* out) const { read_back(stream_, rows_by_.get(), out, int64_t{config_.tables} * config_.chunks); }
-
-void DeviceShard::reset_round_counters() { admitted_ = refused_ = resized_ = evicted_ = admitted_bytes_ = 0; }
 
 void DeviceShard::check() const {
   const View view = this->view();
@@ -341,7 +319,7 @@ void DeviceShard::check() const {
     throw std::runtime_error("check: planned bytes are " + std::to_string(planned_) + ", not " + std::to_string(planned));
   if (read_back(stream_, rows_by.get(), counters) != read_back(stream_, rows_by_.get(), counters))
     throw std::runtime_error("check: rows by table and width are miscounted");
-  const int64_t used = ledger_.used() + uncounted_bytes();
+  const int64_t used = ledger_.used() + config_.uncounted_bytes();
   if (used > limit_) throw std::runtime_error("check: more bytes are taken than the limit allows");
   if (used > planned_) throw std::runtime_error("check: more bytes are taken than planned");
 }

@@ -76,7 +76,6 @@ class DeviceShard final : public StepShard {
   void set_limit(int64_t bytes) override;
   ShardStats stats() override;
   void rows_by_width(int64_t* out) const override;
-  void reset_round_counters() override;
   void check() const override;
 
   std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const override;
@@ -99,7 +98,6 @@ class DeviceShard final : public StepShard {
 
   // All that follows is the implementation's; nvcc wants kernels' lambdas in public functions.
   View view() const;
-  int64_t uncounted_bytes() const;
   int64_t room() const { return limit_ == Memory::kUnlimited ? Memory::kUnlimited : limit_ - planned_; }
   void clear_board() const;
   Board read_board() const;
@@ -135,7 +133,6 @@ class DeviceShard final : public StepShard {
 
   Stream stream_ = nullptr;
   Memory ledger_;
-  RowLayout layout_;
   DeviceIndex index_;
   DevicePools pools_;
   uint16_t* cells_ = nullptr;
@@ -143,15 +140,9 @@ class DeviceShard final : public StepShard {
   Scratch<Board> board_;
   Scratch<int64_t> rows_by_;  // [tables, chunks]
   Scratch<uint32_t> left_;    // [kMostParts] index entries erased in this round
-  std::vector<int64_t> row_bytes_;
-  std::vector<float> cuts_;
-  int64_t step_ = 0;  // of the last update
-  int64_t limit_ = 0;
-  int64_t planned_ = 0;
   int64_t growth_ = 0;
   mutable Board known_{};      // the board as it was last read
   mutable bool stale_ = true;  // whether counters have moved since
-  int64_t admitted_ = 0, refused_ = 0, resized_ = 0, evicted_ = 0, admitted_bytes_ = 0, asked_bytes_ = 0;
 };
 
 }  // namespace fiited::device

@@ -266,8 +266,8 @@ void DeviceShard::win_rows(const Update& rows, const float* gains) {
   const Board told = read_board();
   if (first_of(told.faults, Fault::kInfinite) != kNoFault) throw_infinite(rows, first_of(told.faults, Fault::kInfinite));
   throw_if_any(stream_, told.faults);
-  asked_bytes_ += told.asked_bytes;
-  refused_ += told.refused;
+  counted_.asked_bytes += told.asked_bytes;
+  counted_.refused += told.refused;
   int64_t count = 0;
   for (int width = 1; width <= layout_.chunks; ++width) count += told.by_width[width];
   admit({count, order.get(), reinterpret_cast<const uint64_t*>(rows.keys), rows.tables, granted.get(), estimates.get(), nullptr, nullptr},
