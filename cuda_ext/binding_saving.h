@@ -19,19 +19,6 @@ inline ScalarType storage_type(const ShardConfig& config) {
   fail("unknown storage type");
 }
 
-// How many numbers the vectors of some rows are, and how many their states.
-struct Numbers {
-  int64_t values = 0;
-  int64_t state = 0;
-
-  Numbers(const ShardConfig& config, const uint8_t* widths, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      values += widths[i] * config.chunk;
-      state += config.layout().state_bytes(widths[i]) / 4;
-    }
-  }
-};
-
 // `shard_at` as in ByHandle.
 template <auto shard_at>
 struct Saving {
@@ -53,7 +40,7 @@ struct Saving {
     Tensor widths = make(n, ScalarType::Byte);
     auto* widths_data = static_cast<uint8_t*>(widths.mutable_data_ptr());
     shard->widths_at(n, addresses_data, widths_data);
-    const Numbers numbers(config, widths_data, n);
+    const Numbers numbers = numbers_of(config.layout(), n, widths_data);
     Tensor raw_ids = make(n, ScalarType::Long);
     Tensor tables = make(n, ScalarType::Int);
     Tensor importance = make(n, ScalarType::Float);
@@ -83,7 +70,7 @@ struct Saving {
       REQUIRE(importance_data[i] >= 0 && importance_data[i] < 3e38f,
               "the importance of row " + std::to_string(i) + " is not a number >= 0");
     }
-    const Numbers numbers(config, widths_data, n);
+    const Numbers numbers = numbers_of(config.layout(), n, widths_data);
     const void* values_data = read_on<uint8_t>(kHost, values, storage_type(config), "values", numbers.values);
     const auto* state_data = read_on<float>(kHost, state, ScalarType::Float, "state", numbers.state);
     shard->put(n,

@@ -86,6 +86,38 @@ struct HeldRows {
   }
 };
 
+// How many numbers the vectors of some rows are, and how many their states.
+struct Numbers {
+  int64_t values = 0;
+  int64_t state = 0;
+
+  void add(const RowLayout& layout, int width) {
+    values += width * layout.chunk;
+    state += layout.state_bytes(width) / 4;
+  }
+};
+
+inline Numbers numbers_of(const RowLayout& layout, int64_t n, const uint8_t* widths) {
+  Numbers sum;
+  for (int64_t i = 0; i < n; ++i) sum.add(layout, widths[i]);
+  return sum;
+}
+
+// Where each of some rows begins in a list of their vectors and one of their states: [n + 1]. The last is the size.
+struct Begins {
+  std::vector<int64_t> values{0};
+  std::vector<int64_t> state{0};
+
+  Begins(const RowLayout& layout, int64_t n, const uint8_t* widths) {
+    Numbers sum;
+    for (int64_t i = 0; i < n; ++i) {
+      sum.add(layout, widths[i]);
+      values.push_back(sum.values);
+      state.push_back(sum.state);
+    }
+  }
+};
+
 // What a shard knows beside its rows, its sketch and its limit.
 struct ShardState {
   int64_t step;     // of the last update

@@ -8,22 +8,16 @@
 namespace fiited {
 
 ExportedRows Shard::export_rows(uint32_t first_bucket, uint32_t end_bucket) const {
-  const RowLayout layout = config_.layout();
   const std::vector<uint32_t> addresses = addresses_in(first_bucket, end_bucket);
   const auto n = static_cast<int64_t>(addresses.size());
   std::vector<uint8_t> widths(n);
   widths_at(n, addresses.data(), widths.data());
-  std::vector<int64_t> value_starts{0};  // in numbers
-  std::vector<int64_t> state_starts{0};
-  for (const uint8_t width : widths) {
-    value_starts.push_back(value_starts.back() + width * layout.chunk);
-    state_starts.push_back(state_starts.back() + layout.state_bytes(width) / 4);
-  }
+  const Begins begins(layout_, n, widths.data());
   std::vector<int64_t> raw_ids(n);
   std::vector<int32_t> tables(n);
   std::vector<float> importance(n);
-  std::vector<float> stored(value_starts.back());  // room for whichever type
-  std::vector<float> state(state_starts.back());
+  std::vector<float> stored(begins.values.back());  // room for whichever type
+  std::vector<float> state(begins.state.back());
   take(n, addresses.data(), {raw_ids.data(), tables.data(), widths.data(), importance.data(), stored.data(), state.data()});
 
   std::vector<uint64_t> keys(n);
@@ -40,7 +34,7 @@ ExportedRows Shard::export_rows(uint32_t first_bucket, uint32_t end_bucket) cons
     using Stored = decltype(type);
     const auto* values = reinterpret_cast<const typename Stored::Bits*>(stored.data());
     for (const int64_t i : order) {
-      for (int64_t at = value_starts[i]; at < value_starts[i + 1]; ++at) rows.values.push_back(Stored::to_float(values[at]));
+      for (int64_t at = begins.values[i]; at < begins.values[i + 1]; ++at) rows.values.push_back(Stored::to_float(values[at]));
     }
   });
   for (const int64_t i : order) {
@@ -48,7 +42,7 @@ ExportedRows Shard::export_rows(uint32_t first_bucket, uint32_t end_bucket) cons
     rows.tables.push_back(tables[i]);
     rows.widths.push_back(widths[i]);
     rows.importance.push_back(importance[i] * decay_.unscale());
-    rows.state.insert(rows.state.end(), state.begin() + state_starts[i], state.begin() + state_starts[i + 1]);
+    rows.state.insert(rows.state.end(), state.begin() + begins.state[i], state.begin() + begins.state[i + 1]);
   }
   return rows;
 }

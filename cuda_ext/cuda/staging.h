@@ -27,28 +27,10 @@ void in_pieces(const RowLayout& layout, int64_t n, const HeldRows& rows, const V
   for (int64_t first = 0; first < n; first += most) {
     const int64_t count = std::min(most, n - first);
     visit(first, count, piece);
-    int64_t value_bytes = 0;
-    int64_t state_bytes = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      value_bytes += layout.vector_bytes(piece.widths[i]);
-      state_bytes += layout.state_bytes(piece.widths[i]);
-    }
-    piece = piece.behind(count, value_bytes, state_bytes / 4);
+    const Numbers taken = numbers_of(layout, count, piece.widths);
+    piece = piece.behind(count, taken.values * layout.value_bytes, taken.state);
   }
 }
-
-// Where each of some rows begins in a list of their vectors and one of their states, in numbers: [n + 1]. The last is the size.
-struct Begins {
-  std::vector<int64_t> values{0};
-  std::vector<int64_t> state{0};
-
-  Begins(const RowLayout& layout, int64_t n, const uint8_t* widths) {
-    for (int64_t i = 0; i < n; ++i) {
-      values.push_back(values.back() + widths[i] * layout.chunk);
-      state.push_back(state.back() + layout.state_bytes(widths[i]) / 4);
-    }
-  }
-};
 
 // The memory of a piece on the device, and the rows of the host that it stands for.
 class Staged {
