@@ -7,7 +7,6 @@ import time
 from typing import Any, Protocol
 
 import ray
-import torch.distributed as dist
 from ray.exceptions import RayError, RayTaskError
 
 from fiited_ray.config import PolicyConfig
@@ -41,6 +40,8 @@ class GroupDecider:
         self.policy = policy
 
     def decide(self, number: int, report: ShardReport, state: RoundState) -> Decision | None:
+        import torch.distributed as dist  # the actor does without torch
+
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, report)
         return decide(reports, state, self.policy)

@@ -25,7 +25,8 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from fiited_ray.tracking import RunRef, metric_safe, redacting
+from fiited_ray.tracking import metric_safe, redacting
+from fiited_ray.tracking_address import RunRef
 
 _log = logging.getLogger(__name__)
 _METRICS_AT_ONCE = 1000

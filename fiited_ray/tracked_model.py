@@ -19,7 +19,8 @@ from mlflow.types.schema import ColSpec, DataType, Schema
 
 from fiited_ray.serving import PREDICTION, input_columns
 from fiited_ray.tracked_data import files_digest, name_of, schema_of
-from fiited_ray.tracking import RunRef, package_version, redacting
+from fiited_ray.tracking import package_version, redacting
+from fiited_ray.tracking_address import RunRef
 from fiited_ray.train.plan import Plan
 
 _EXAMPLE_ROWS = 5

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from fiited_ray.tracking import RunRef
+from fiited_ray.tracking_address import RunRef
 
 
 @contextmanager

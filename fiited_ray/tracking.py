@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,31 +20,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fiited_ray.config import Config, ConfigError
 from fiited_ray.credentials import redact, scrub
-from fiited_ray.tracking_address import SQLITE, absolute_uri, check_address
+from fiited_ray.tracking_address import SQLITE, RunRef, absolute_uri, check_address
 
 _PARAMS_AT_ONCE = 100
 _LONGEST_PARAM = 6000
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI then shows pages for training, not for language models
-
-
-@dataclass(frozen=True)
-class RunRef:
-    """A run and where it is written; passed to the worker that writes it."""
-
-    uri: str = field(repr=False)  # with its password, if it has one
-    experiment_id: str
-    run_id: str
-
-    @property
-    def ui_command(self) -> str:
-        """The command that opens the UI on this store; empty where a server is already there."""
-        return f"mlflow ui --host 127.0.0.1 --backend-store-uri {self.uri}" if self.uri.startswith("sqlite:") else ""
-
-    @property
-    def page(self) -> str:
-        """Address of this run's page in the UI, in its view for training (its other one is for language models)."""
-        server = "http://127.0.0.1:5000" if self.uri.startswith("sqlite:") else redact(self.uri).rstrip("/")
-        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
 def create_run(

@@ -1,8 +1,9 @@
-"""Where runs are tracked: the address made absolute, and checked before MLflow or anything else starts."""
+"""Where runs are tracked: the address made absolute, and checked before MLflow or anything else starts. MLflow is not imported here."""
 
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -10,6 +11,26 @@ from fiited_ray.config import ConfigError
 from fiited_ray.credentials import redact
 
 SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """A run and where it is written; passed to the worker that writes it."""
+
+    uri: str = field(repr=False)  # with its password, if it has one
+    experiment_id: str
+    run_id: str
+
+    @property
+    def ui_command(self) -> str:
+        """The command that opens the UI on this store; empty where a server is already there."""
+        return f"mlflow ui --host 127.0.0.1 --backend-store-uri {self.uri}" if self.uri.startswith("sqlite:") else ""
+
+    @property
+    def page(self) -> str:
+        """Address of this run's page in the UI, in its view for training (its other one is for language models)."""
+        server = "http://127.0.0.1:5000" if self.uri.startswith("sqlite:") else redact(self.uri).rstrip("/")
+        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
 def absolute_uri(uri: str) -> str:

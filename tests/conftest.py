@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import ray
+
+# What Ray starts shall get its share of the processor beside other tests, and be asked more often than every other second how it is.
+os.environ |= {"RAY_worker_niceness": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes its time over an example
 hypothesis.settings.load_profile("any machine")

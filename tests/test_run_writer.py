@@ -17,7 +17,7 @@ import pytest
 from fiited_ray import tracking
 from fiited_ray.config import Config, DataConfig, TrackingConfig
 from fiited_ray.run_writer import RunWriter
-from fiited_ray.tracking import RunRef
+from fiited_ray.tracking_address import RunRef
 
 
 class Server:

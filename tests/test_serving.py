@@ -28,6 +28,7 @@ from fiited_ray.serving import Predictor
 from fiited_ray.tracked_data import files_digest, inputs_of
 from fiited_ray.tracked_model import example_of, log_model
 from fiited_ray.tracked_system import watching
+from fiited_ray.tracking_address import RunRef
 from fiited_ray.train.loop import Worker, train
 from fiited_ray.train.plan import Plan, make_plan
 
@@ -56,7 +57,7 @@ class Logged:
     plan: Plan
     folder: Path
     scores: torch.Tensor  # of the test rows, by the loop's own way
-    run: tracking.RunRef
+    run: RunRef
     address: str
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fiited_ray import tracking
 from fiited_ray.config import Config, ConfigError, DataConfig, TrackingConfig
 from fiited_ray.run_writer import RunWriter
-from fiited_ray.tracking_address import absolute_uri
+from fiited_ray.tracking_address import RunRef, absolute_uri
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_relative_database_becomes_absolute(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_credentials_are_never_shown() -> None:
-    ref = tracking.RunRef("https://user:secret@host", "1", "2")
+    ref = RunRef("https://user:secret@host", "1", "2")
     assert ref.page == "https://***@host/#/experiments/1/runs/2?workflowType=machine_learning"
     assert "secret" not in repr(ref)
 
@@ -127,7 +127,7 @@ def test_credentials_are_not_in_the_message_of_a_database_that_cannot_be_opened(
 
 def test_credentials_are_not_in_the_message_of_a_server_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    writer = RunWriter(tracking.RunRef("http://user:secret@127.0.0.1:9", "1", "2"), patience_seconds=0)
+    writer = RunWriter(RunRef("http://user:secret@127.0.0.1:9", "1", "2"), patience_seconds=0)
     writer.metrics(1, {"train/loss": 0.5})
     with pytest.raises(RuntimeError, match=r"tracking\.uri http://\*\*\*@127\.0\.0\.1:9: ") as raised:
         writer.close()

@@ -10,7 +10,6 @@ import torch
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
-from fiited_ray import tracking
 from fiited_ray.checkpoint import CheckpointError, Folder, Saved, check_compatible, newest, open_checkpoint, restore, sweep
 from fiited_ray.config import Config
 from fiited_ray.data.files import Files
@@ -37,6 +36,8 @@ def resume_point(config: Config, files: Files) -> Saved | None:
         CheckpointError: when no checkpoint can be read, and one of them was complete once.
         ConfigError: when it belongs to another configuration or other data.
     """
+    from fiited_ray import tracking  # it takes MLflow with it, which workers do without
+
     if config.checkpoint.resume == "never":
         return None
     try:

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from ray.train.v2.api.config import ScalingConfig  # ray.train's to a type checker is the old one
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from fiited_ray import checkpoint, tracking
-from fiited_ray.coordinator import RemoteDecider, start_coordinator
-from fiited_ray.data import parquet_batches, ray_batches, ray_dataset
-from fiited_ray.data.files import Files
+from fiited_ray.coordinator import start_coordinator
+from fiited_ray.data import ray_dataset
 from fiited_ray.data.reader import data_config
-from fiited_ray.exchange import make_exchange
-from fiited_ray.logs import log_folder, logging_as
-from fiited_ray.run_writer import RunWriter
-from fiited_ray.store import backends
 from fiited_ray.summary import summary
 from fiited_ray.tracked_data import inputs_of
 from fiited_ray.tracked_model import log_model
-from fiited_ray.tracked_system import watching
-from fiited_ray.train.loop import Batches, Stopped, Worker, train
+from fiited_ray.tracking_address import RunRef
+from fiited_ray.train.loop import Stopped
 from fiited_ray.train.plan import Plan
-from fiited_ray.train.plots_of_run import log_plots
-from fiited_ray.train.resume import drop_unreadable_list, restore_last, resume_point, storage_path
-from fiited_ray.train.stopping import STOPPED, OnPreemption, StopOnSignal, poll_stop
-from fiited_ray.watchdog import Watchdog
+from fiited_ray.train.resume import drop_unreadable_list, resume_point, storage_path
+from fiited_ray.train.stopping import STOPPED, StopOnSignal
+from fiited_ray.train.worker import work
 
 _POLL_SECONDS = 1.0
 _LOST_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)", re.IGNORECASE)
@@ -50,7 +40,7 @@ class Outcome:
 
     metrics: dict[str, float]
     model_folder: str
-    run: tracking.RunRef
+    run: RunRef
 
 
 def connect(workers: int) -> None:
@@ -103,7 +93,7 @@ def run(
             datasets["test"] = ray_dataset(plan.test_files, config.data)
     resources = {"CPU": 1} | ({"GPU": 1} if config.train.use_gpu else {})
     trainer = ray.train.torch.TorchTrainer(
-        _work,
+        work,
         train_loop_config={
             "plan": plan,
             "run": run_ref,
@@ -178,79 +168,6 @@ def _watch(coordinator: Any, finished: threading.Event, progress: Callable[[str]
         if text and text != last:
             progress(text)
             last = text
-
-
-def _work(setup: dict[str, Any]) -> None:
-    """One Ray Train worker."""
-    plan: Plan = setup["plan"]
-    config = plan.config
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config.train.threads)
-    if config.train.use_gpu:
-        use_gpu()
-    logs = log_folder(setup["output"], config.name)
-    journal = logs / "metrics-not-in-mlflow.jsonl" if logs is not None else None
-    writer = RunWriter(setup["run"], config.tracking.patience_seconds, journal) if rank == 0 else None
-    tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
-    exchange = make_exchange(config.train.timeout_seconds)
-    attempt = int(exchange.all_reduce(torch.tensor([time.time_ns() // 1_000_000 if rank == 0 else 0]))[0])
-    decider = RemoteDecider(setup["coordinator"], rank, attempt=attempt, workers=workers)
-    worker = Worker(config, plan.budget_bytes, exchange, decider, writer, tell, distinct_ids=plan.distinct_ids)
-    worker.scored = lambda values: ray.train.report({**values, "step": worker.step})
-
-    def open_files(name: str, files: Files, batch_size: int, first: Callable[[], int], max_rows: int | None = None) -> Batches:
-        if config.data.reader == "ray":
-            return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers, first())
-        return lambda: parquet_batches(files, config.data, batch_size, rank=rank, workers=workers, max_rows=max_rows, first_step=first())
-
-    batch_size = config.train.batch_size
-    test = open_files("test", plan.test_files, batch_size * 4, lambda: 0) if plan.test_files else None
-    training = open_files("train", plan.files, batch_size, lambda: worker.position.batch, config.data.max_rows)
-
-    with logging_as(rank, lambda: worker.step, logs, config.train.debug):
-        restore_last(worker, setup["lineage"], plan.files)
-        _train(setup, worker, training, test, writer, logs)
-    if writer is not None:
-        writer.close()
-
-
-def _train(
-    setup: dict[str, Any], worker: Worker, training: Batches, test: Batches | None, writer: RunWriter | None, logs: Path | None
-) -> None:
-    """Train from where the worker stands, and save."""
-    plan: Plan = setup["plan"]
-    config, rank = plan.config, worker.exchange.rank
-    saver = checkpoint.Saver(worker, checkpoint.RayPublisher(), setup["lineage"], list(plan.files.rows))
-    watchdog = Watchdog(config.train.stall_seconds, config.train.timeout_seconds, rank, logs)
-    stop_polling = poll_stop(setup["coordinator"], worker) if rank == 0 else contextlib.nullcontext()
-    with watchdog, stop_polling:
-        worker.beat = watchdog.beat
-        try:
-            with watching(setup["run"], config.tracking.system_every if rank == 0 else 0):
-                metrics = train(worker, training, test, OnPreemption(saver, worker))
-        except Stopped:
-            saver.save(metrics={**worker.history.last, STOPPED: float(worker.step)})
-        else:
-            if writer is not None:
-                log_plots(writer, worker, metrics, plan.files.synthetic)
-            saver.save(finished=True, metrics={**metrics, "step": worker.step})
-        saver.wait()
-
-
-def use_gpu() -> None:
-    """Make the worker's GPU the current one.
-
-    Raises:
-        RuntimeError: when there is none, or no store for it.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("train.use_gpu: torch sees no GPU here; install a torch for CUDA and a driver, or set it to false")
-    if "cuda" not in backends():
-        raise RuntimeError(
-            "train.use_gpu: the store was not built for GPUs here; rebuild with nvcc and a torch for CUDA, or set it to false"
-        )
-    torch.cuda.set_device(ray.train.torch.get_device())
 
 
 def _gpus_of_ray() -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from ray.tune import Callback
 
 from fiited_ray import tracking
+from fiited_ray.tracking_address import RunRef
 from fiited_ray.tune.answer import BYTES, MIB
 from fiited_ray.tune.measure import Measure
 from fiited_ray.tune.records import Trial
@@ -18,7 +19,7 @@ from fiited_ray.tune.trial import DIGEST_TAG, ERROR, Setup, ended
 class Keeper(Callback):
     """Lives in the driver, and is the only one to write records."""
 
-    def __init__(self, setup: Setup, parent: tracking.RunRef, measure: Measure, say: Callable[[str], None]) -> None:
+    def __init__(self, setup: Setup, parent: RunRef, measure: Measure, say: Callable[[str], None]) -> None:
         self.shared = setup
         self._parent = parent
         self._measure = measure

@@ -19,7 +19,7 @@ from fiited_ray.fitting import settle
 from fiited_ray.run_writer import RunWriter
 from fiited_ray.tracked_data import data_digest, inputs_of
 from fiited_ray.tracked_model import log_model
-from fiited_ray.tracking_address import absolute_uri
+from fiited_ray.tracking_address import RunRef, absolute_uri
 from fiited_ray.train.plan import Plan, count_ids, make_plan
 from fiited_ray.train.trainer import connect
 from fiited_ray.tune import pareto, space
@@ -83,7 +83,7 @@ class Outcome:
     table: str
     trials: tuple[Trial, ...]
     folder: Path
-    run: tracking.RunRef
+    run: RunRef
 
 
 def sweep(question: Question, say: Callable[[str], None] = print) -> Outcome:
@@ -209,12 +209,12 @@ def _steps(config: Config, plan: Plan) -> int:
     return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
 
 
-def _parent(question: Question, folder: Folder, plan: Plan) -> tracking.RunRef:
+def _parent(question: Question, folder: Folder, plan: Plan) -> RunRef:
     """The sweep's run in MLflow: the one it had when it was interrupted or asked something else, or a new one."""
     base = question.base
     known = folder.parent()
     if known:
-        ref = tracking.RunRef(absolute_uri(base.tracking.uri), known["experiment_id"], known["run_id"])
+        ref = RunRef(absolute_uri(base.tracking.uri), known["experiment_id"], known["run_id"])
         if tracking.resume(ref):
             tracking.end_children(ref, "KILLED")  # nothing else writes them: whatever started them is gone
             return ref
@@ -224,7 +224,7 @@ def _parent(question: Question, folder: Folder, plan: Plan) -> tracking.RunRef:
     return ref
 
 
-def _conclude(question: Question, keeper: Keeper, plan: Plan, parent: tracking.RunRef) -> Outcome:
+def _conclude(question: Question, keeper: Keeper, plan: Plan, parent: RunRef) -> Outcome:
     """Answer, and leave table, plots and the best configuration in the folder and in MLflow."""
     measure, folder = question.measure, keeper.shared.folder
     trials = over_seeds(keeper.trials())
@@ -260,8 +260,8 @@ def _settings_alone(best: Trial) -> Settings:
     return best.settings if not isinstance(best.settings.get(SEED), tuple) else without_seed(best.settings)
 
 
-def _log_best(setup: Setup, best: Trial, parent: tracking.RunRef) -> None:
+def _log_best(setup: Setup, best: Trial, parent: RunRef) -> None:
     """Put the best trial's model among MLflow's, unless it is there."""
-    ref = tracking.RunRef(parent.uri, parent.experiment_id, best.run_id)
+    ref = RunRef(parent.uri, parent.experiment_id, best.run_id)
     if best.model_folder and not tracking.has_model(ref):
         log_model(ref, make_plan(setup.config(_settings_alone(best)), setup.ids_by_table), best.model_folder, best.metrics)

@@ -11,9 +11,7 @@ from typing import Any
 
 from fiited_ray.checkpoint import save
 from fiited_ray.embedding import PhaseTimes
-from fiited_ray.train import trainer
-
-_work = trainer._work  # as it is; the driver's module is patched, this one's name is not
+from fiited_ray.train.worker import work as _work
 
 
 def die_once(folder: Path, phase: str) -> None:
@@ -24,7 +22,7 @@ def die_once(folder: Path, phase: str) -> None:
 
 
 def work(setup: dict[str, Any]) -> None:
-    """`trainer._work`, in which the worker of rank 1 dies once in each phase, and once while it writes a checkpoint."""
+    """`worker.work`, in which the worker of rank 1 dies once in each phase, and once while it writes a checkpoint."""
     import ray.train
 
     folder, phases = Path(setup["deaths"]), list(setup["phases"])

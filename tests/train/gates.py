@@ -11,16 +11,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from fiited_ray.train import loop, trainer
+from fiited_ray.train import loop, trainer, worker
 
 _POLL_SECONDS = 0.05
-_work = trainer._work  # as it is; the driver's module is patched, this one's name is not
+_work = worker.work  # as it is; the driver's module is patched, this one's name is not
 
 
 def work(setup: dict[str, Any]) -> None:
-    """`trainer._work`, whose workers wait before the step after a gate's. Plots are left out: they take longer than all the rest."""
+    """`worker.work`, whose workers wait before the step after a gate's. Plots are left out: they take longer than all the rest."""
     import ray.train
     from ray.train.v2._internal.execution.context import get_train_context
+
+    from fiited_ray.train import plots_of_run
 
     folder, gates = Path(setup["gates"]), set(setup["closed"])
     rank, workers = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
@@ -37,7 +39,7 @@ def work(setup: dict[str, Any]) -> None:
         step(worker, *arguments)
 
     loop.train_step = waiting
-    trainer.log_plots = lambda *arguments: None
+    plots_of_run.log_plots = lambda *arguments: None
     _work(setup)
 
 

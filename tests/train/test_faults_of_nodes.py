@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from failing_runs import Gates, assert_one_run, eventually, gated_driver, gone, newest_step, resumptions, small_config
+from ray._private.node import Node
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
@@ -30,6 +31,21 @@ def cluster() -> Iterator[Cluster]:
     made.shutdown()
 
 
+@pytest.fixture
+def nodes(cluster: Cluster) -> Iterator[list[Node]]:
+    """Two, for a worker each; those that are in the list in the end are taken away."""
+    made = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    yield made
+    for node in made:
+        cluster.remove_node(node)
+
+
+def replace_last(cluster: Cluster, nodes: list[Node]) -> None:
+    """A node is lost without a word, and a new one comes."""
+    cluster.remove_node(nodes.pop(), allow_graceful=False)
+    nodes.append(cluster.add_node(num_cpus=1))
+
+
 @contextmanager
 def driver(cluster: Cluster, config: Config, *closed: str) -> Iterator[Gates]:
     """A driver, and the gates of its workers. It has to end well, and soon, when the block is over."""
@@ -40,27 +56,23 @@ def driver(cluster: Cluster, config: Config, *closed: str) -> Iterator[Gates]:
     assert status == 0, (gates.folder / "driver.txt").read_text()
 
 
-def test_a_node_is_lost_and_training_goes_on_from_the_checkpoint_on_a_new_one(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_node_is_lost_and_training_goes_on_from_the_checkpoint_on_a_new_one(cluster: Cluster, nodes: list[Node], tmp_path: Path) -> None:
     config = small_config(tmp_path)
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     with driver(cluster, config, "8-2") as gates:
         pids = gates.waiting("8-2", WITHIN)
         eventually(lambda: newest_step(config) == 6, WITHIN, "the checkpoint of step 6 is complete")
-        cluster.remove_node(nodes.pop(), allow_graceful=False)
-        nodes.append(cluster.add_node(num_cpus=1))
+        replace_last(cluster, nodes)
         gates.open("8-2")
     assert_one_run(config)
     assert resumptions(config) == [(6, 2)]
     eventually(lambda: gone(pids), 30, "the processes of the first attempt are gone")
-    for node in nodes:
-        cluster.remove_node(node)
 
 
 def test_a_run_for_one_or_two_workers_goes_on_with_one_when_a_node_leaves_and_with_two_when_one_comes(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, nodes: list[Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(tmp_path, train={"workers": (1, 2), "resize_seconds": 1.0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")  # Ray asks for two at first, for it has not missed the node yet
     with driver(cluster, config, "8-2", "16-1") as gates:
         pids = gates.waiting("8-2", WITHIN)
         eventually(lambda: newest_step(config) == 6, WITHIN, "the checkpoint of step 6 is complete")
@@ -71,13 +83,12 @@ def test_a_run_for_one_or_two_workers_goes_on_with_one_when_a_node_leaves_and_wi
     assert_one_run(config)
     assert resumptions(config) == [(6, 1), (15, 2)]
     eventually(lambda: gone(pids), 30, "the processes of earlier attempts are gone")
-    for node in nodes:
-        cluster.remove_node(node)
 
 
-def test_a_node_that_is_about_to_be_taken_away_makes_a_checkpoint_from_which_training_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_node_that_is_about_to_be_taken_away_makes_a_checkpoint_from_which_training_goes_on(
+    cluster: Cluster, nodes: list[Node], tmp_path: Path
+) -> None:
     config = small_config(tmp_path, checkpoint={"every": 20})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     with driver(cluster, config, "5-2", "9-2") as gates:
         gates.waiting("5-2", WITHIN)
         deadline = int(time.time() * 1000) + 600_000
@@ -88,10 +99,7 @@ def test_a_node_that_is_about_to_be_taken_away_makes_a_checkpoint_from_which_tra
         gates.open("5-2")
         gates.waiting("9-2", WITHIN)  # training goes on
         eventually(lambda: newest_step(config) == 6, WITHIN, "there is a checkpoint of step 6, at which the first report came")
-        cluster.remove_node(nodes.pop(), allow_graceful=False)
-        nodes.append(cluster.add_node(num_cpus=1))
+        replace_last(cluster, nodes)
         gates.open("9-2")
     assert_one_run(config)
     assert resumptions(config) == [(6, 2)]
-    for node in nodes:
-        cluster.remove_node(node)

@@ -7,7 +7,7 @@ import torch
 
 from fiited_ray.config import Config, ConfigError, DataConfig, TrainConfig
 from fiited_ray.train.plan import make_plan
-from fiited_ray.train.trainer import use_gpu
+from fiited_ray.train.worker import use_gpu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
