@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import ray
 
+_LONGEST = {"train", "tune", "test_job_submit.py", "test_ray_resume.py", "test_end_to_end.py"}
+
 # What Ray starts shall get its share of the processor beside other tests, and be asked more often than every other second how it is.
 os.environ |= {"RAY_worker_niceness": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
@@ -26,5 +28,5 @@ def ray_local() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What waits longest comes first, so that the other process has something to do beside it."""
-    items.sort(key=lambda item: item.path.parent.name != "train")
+    """What takes longest comes first: two processes share the files, and what one has left in the end the other cannot take."""
+    items.sort(key=lambda item: _LONGEST.isdisjoint({item.path.parent.name, item.path.name}))
