@@ -106,15 +106,10 @@ def test_failing_job_fails_the_submission(cluster: Cluster) -> None:
 
 @dataclass(frozen=True)
 class Submitted:
-    """What a submitted training left, on data that a submitted preparation made."""
+    """What a submitted training left: by the configuration that a submitted sweep found best, on data that a submitted preparation made."""
 
-    folder: Path
     model: Path
     trained: str  # what training printed
-
-    @property
-    def tracking(self) -> str:
-        return f"sqlite:///{self.folder}/mlflow.db"
 
 
 @pytest.fixture(scope="module")
@@ -126,24 +121,40 @@ def prepared(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def submitted(cluster: Cluster, prepared: Path) -> Submitted:
+def swept(cluster: Cluster, prepared: Path) -> str:
+    """What a sweep printed; its runs are in runs.db, its files in runs/swept."""
     data = prepared / "synthetic"
-    settings = [f"data.train={data}/train.parquet", f"data.test={data}/test.parquet", f"output={prepared}/runs", "name=submitted"]
-    settings += ["budget=4MiB", "train.batch_size=256", "train.max_steps=5", f"tracking.uri=sqlite:///{prepared}/mlflow.db"]
-    job = cluster.submit("python", "jobs/train.py", "--config", "jobs/configs/synthetic.yaml", *settings)
+    settings = [f"data.train={data}/train.parquet", f"data.test={data}/test.parquet", f"output={prepared}/runs", "name=swept"]
+    settings += ["train.batch_size=256", "train.max_steps=5", f"tracking.uri=sqlite:///{prepared}/runs.db"]
+    options = ["--config", "jobs/configs/synthetic.yaml", "--methods", "full,fiited", "--budgets", "50%", "--drop", "0.5"]
+    job = cluster.submit("python", "jobs/tune.py", "grid", *options, *settings)
+    assert job.returncode == 0, job.stdout
+    return job.stdout
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster: Cluster, prepared: Path, swept: str) -> Submitted:
+    job = cluster.submit("python", "jobs/train.py", "--config", f"{prepared}/runs/swept/best.yaml")
     assert job.returncode == 0, job.stdout
     (model,) = re.findall(r"^ +model (/.*)$", job.stdout, re.MULTILINE)
-    return Submitted(prepared, Path(model), job.stdout)
+    return Submitted(Path(model), job.stdout)
 
 
 def test_submitted_preparation_writes_all_rows(prepared: Path) -> None:
     assert [pq.read_metadata(prepared / "synthetic" / f"{part}.parquet").num_rows for part in ("train", "test")] == [4500, 500]
 
 
-def test_submitted_training_finishes_in_mlflow(submitted: Submitted) -> None:
-    client = MlflowClient(submitted.tracking)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    assert [(run.info.run_name, run.info.status) for run in client.search_runs(experiments)] == [("submitted", "FINISHED")]
+def test_submitted_sweep_answers(swept: str) -> None:
+    assert "fiited 50%" in swept
+    assert "is the smallest within 0.5 AUC of full width" in swept
+
+
+def test_submitted_training_by_the_sweeps_best_configuration_finishes_in_mlflow(prepared: Path, submitted: Submitted) -> None:
+    client = MlflowClient(f"sqlite:///{prepared}/runs.db")
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert sorted((run.info.run_name, run.info.status) for run in runs) == [
+        (name, "FINISHED") for name in ("fiited 50%", "full", "swept", "swept-best")
+    ]
 
 
 def test_submitted_evaluation_scores_the_model_as_training_did(cluster: Cluster, submitted: Submitted) -> None:
@@ -151,23 +162,6 @@ def test_submitted_evaluation_scores_the_model_as_training_did(cluster: Cluster,
     assert job.returncode == 0, job.stdout
     (quality,) = re.findall(r"AUC [0-9.]+, NE [0-9.]+", job.stdout)
     assert f"quality (test set): {quality}" in submitted.trained
-
-
-def test_submitted_sweep_answers_and_its_best_configuration_trains_as_a_job(cluster: Cluster, prepared: Path) -> None:
-    data = prepared / "synthetic"
-    settings = [f"data.train={data}/train.parquet", f"data.test={data}/test.parquet", f"output={prepared}/runs", "name=swept"]
-    settings += ["train.batch_size=256", "train.max_steps=5", "train.workers=1", f"tracking.uri=sqlite:///{prepared}/swept.db"]
-    options = ["--config", "jobs/configs/synthetic.yaml", "--methods", "full,fiited", "--budgets", "50%", "--drop", "0.5"]
-    sweep = cluster.submit("python", "jobs/tune.py", "grid", *options, *settings)
-    assert sweep.returncode == 0, sweep.stdout
-    assert "fiited 50%" in sweep.stdout
-    assert "is the smallest within 0.5 AUC of full width" in sweep.stdout
-    training = cluster.submit("python", "jobs/train.py", "--config", f"{prepared}/runs/swept/best.yaml")
-    assert training.returncode == 0, training.stdout
-    client = MlflowClient(f"sqlite:///{prepared}/swept.db")
-    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])  # two trials may run at a time
-    assert {run.info.run_name: run.info.status for run in runs} == dict.fromkeys(("swept", "full", "fiited 50%", "swept-best"), "FINISHED")
-    assert len(runs) == 4
 
 
 def test_submission_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
