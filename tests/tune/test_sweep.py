@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,7 +158,7 @@ def server(sweep: Sweep) -> Iterator[str]:
                     urllib.request.urlopen(f"{address}/health", timeout=PATIENCE)
                     break
                 except OSError:
-                    continue
+                    time.sleep(0.1)
             assert process.poll() is None, "mlflow ui has ended"
             yield address
         finally:
