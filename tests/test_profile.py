@@ -15,6 +15,7 @@ def test_a_trace_is_in_chromes_format_and_holds_the_phases_of_each_step(tmp_path
     trace = tmp_path / "trace.json"
     command = [sys.executable, "benchmarks/profile.py", "--trace", trace, "--rows", "3000", "--warmup", "3", "--steps", "4"]
     settings = ["train.batch_size=200", "model.bottom=[8]", "model.top=[8]", "budget=none"]
+    settings += [f"output={tmp_path}/runs", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
     done = subprocess.run(
         [*map(str, command), *settings], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
     )
