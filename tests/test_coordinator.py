@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_three_shards_go_on_with_the_round_after_the_actor_died() -> None:
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(waiting)
     while not alive(actor):
-        pass
+        time.sleep(0.05)
     assert ray.get(send(actor, 3, range(3))) == [decide([report(rank) for rank in range(3)], STATE, POLICY)] * 3
     ray.kill(actor)
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def test_the_machine_is_watched_as_long_as_the_context_lasts(logged: Logged) -> 
     client = MlflowClient(run.uri)
     with watching(run, 0.05):
         while "system/cpu_utilization_percentage" not in client.get_run(run.run_id).data.metrics:
-            pass
+            time.sleep(0.05)
     metrics = client.get_run(run.run_id).data.metrics
     assert metrics["system/system_memory_usage_megabytes"] > 0
     silent = tracking.create_run(logged.plan.config, {})
