@@ -212,7 +212,7 @@ class PolicyConfig:
 
     alpha: float = 2.0  # chunk j of a row with importance s has utility s / alpha**j
     importance: Literal["frequency_x_norm", "norm", "lookup_norm_sum", "frequency"] = "frequency_x_norm"
-    admission: float = 2.0  # an id without a row must beat the threshold by this factor to get one
+    admission: float = 1.4  # an id without a row must beat the threshold by this factor to get one
     decay: float = 0.9999  # of the importance, per step
     interval: int = 100  # steps between rounds, once the early ones are over
     first_round: int = 10  # the first round's step; the gap then doubles until it reaches `interval`

@@ -27,7 +27,7 @@ inline StepConstants step_constants(double lr, double eps, double beta1, double 
 // The rate at which a row of row-wise Adagrad learns, its state already raised by the mean of squares.
 FIITED_HD float rowwise_rate(float state, const StepConstants& c) { return c.lr / (std::sqrt(state) + c.eps); }
 
-// Value `i` of the `n` of a vector. `rate` is rowwise_rate's.
+// Value `i` of a vector of `n`. `rate` is rowwise_rate's.
 template <class Store, Optimizer kind>
 FIITED_HD void learn_value(typename Store::Bits* vector, float* state, int i, int n, float g, float rate, uint64_t key,
                            const StepConstants& c) {

@@ -93,8 +93,8 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
   });
 }
 
-// The gradient of each row, summed over its lookups' bags, in wire layout (without the folded part if `fold` is false). Calls of
-// `sum` go through the rows in order, from the one that `start` was called with, and fetch ahead of themselves.
+// The gradient of each row, summed over its lookups' bags, in wire layout, or of its own dimensions alone if `fold` is false. Calls of
+// `sum` fetch ahead for calls that go through the rows in order, from the one that `start` was called with.
 template <class Real>
 class BagGradients {
  public:
@@ -127,8 +127,8 @@ class BagGradients {
 
   // The sum, in `scratch` [kSumLevels * dim] or wherever it already stands.
   const Real* sum(int64_t row, int width, Real* scratch) const {
-    const int live = width * chunk_;
-    const bool folds = fold_ && live < dim_;
+    const int live = (fold_ ? whole_chunks(width) : width) * chunk_;
+    const bool folds = fold_ && has_folded_chunk(width, dim_ / chunk_);
     const int32_t begin = starts_[row];
     const int32_t end = starts_[row + 1];
     if (end - begin == 1 && !folds && !factors_) {

@@ -6,9 +6,9 @@
 
 namespace fiited {
 
-// `n` live values, their gradient `g` and its sum of squares.
+// The first `n` of a row's `live` values, mostly all: their gradient `g` and its sum of squares.
 template <class Store, Optimizer kind>
-inline void apply(std::byte* vector, std::byte* state_bytes, const float* __restrict g, int n, float sum_of_squares, uint64_t key,
+inline void apply(std::byte* vector, std::byte* state_bytes, const float* __restrict g, int n, int live, float sum_of_squares, uint64_t key,
                   const StepConstants& c) {
   auto* __restrict v = reinterpret_cast<typename Store::Bits*>(vector);
   auto* __restrict state = reinterpret_cast<float*>(state_bytes);
@@ -17,7 +17,7 @@ inline void apply(std::byte* vector, std::byte* state_bytes, const float* __rest
     state[0] += sum_of_squares / static_cast<float>(n);
     rate = rowwise_rate(state[0], c);
   }
-  for_each_dim(n, [&](int i) { learn_value<Store, kind>(v, state, i, n, g[i], rate, key, c); });
+  for_each_dim(n, [&](int i) { learn_value<Store, kind>(v, state, i, live, g[i], rate, key, c); });
 }
 
 }  // namespace fiited

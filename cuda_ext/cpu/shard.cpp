@@ -313,14 +313,15 @@ class ShardOf final : public ShardRows {
         const uint32_t address = rows.addresses[i];
         const auto key = static_cast<uint64_t>(rows.keys[i]);
         const int width = rows.widths[i];
-        const int live = width * layout_.chunk;
+        const int live = whole_chunks(width) * layout_.chunk;
         if (!still_there(rows, i)) {
           lower_to(moved, i);
           continue;
         }
         const float* g = gradients.sum(i, width, scratch.data());
         const float live_squares = sum_of_squares(live, g);
-        const float squares = width < layout_.chunks ? live_squares + sum_of_squares(layout_.chunk, g + live) : live_squares;
+        const float squares =
+            has_folded_chunk(width, layout_.chunks) ? live_squares + sum_of_squares(layout_.chunk, g + live) : live_squares;
         if (!std::isfinite(squares)) {
           lower_to(infinite, i);
           continue;
@@ -336,7 +337,7 @@ class ShardOf final : public ShardRows {
         auto* const header = reinterpret_cast<RowHeader*>(row);
         header->importance += gain;
         header->mark = Mark::kChanged;
-        apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live_squares, key, constants);
+        apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live, live_squares, key, constants);
       }
     });
     if (moved < rows.n) {
@@ -348,9 +349,19 @@ class ShardOf final : public ShardRows {
                                std::to_string(static_cast<int64_t>(raw_id_of(rows.keys[infinite], salts_[rows.tables[infinite]]))) +
                                " is not finite");
     }
+    if (threshold_ == 0.0) return;  // rows are then given out at lookup
+    std::vector<float> scratch(kSumLevels * layout_.chunks * layout_.chunk);
     for (int64_t i = 0; i < rows.n; ++i) {
       if (i + kInFlight < rows.n && rows.addresses[i + kInFlight] == kAbsent) sketch_.prefetch(rows.keys[i + kInFlight]);
-      if (rows.addresses[i] == kAbsent) win_row(rows.keys[i], static_cast<uint16_t>(rows.tables[i]), gains[i], rows.step);
+      if (rows.addresses[i] != kAbsent) continue;
+      const auto key = static_cast<uint64_t>(rows.keys[i]);
+      const uint32_t won = win_row(key, static_cast<uint16_t>(rows.tables[i]), gains[i], rows.step);
+      if (won == kAbsent) continue;
+      const float* g = gradients.sum(i, 0, scratch.data());
+      const int width = pools_.width(won);
+      std::byte* row = pools_.row(won);
+      apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, layout_.chunk, width * layout_.chunk,
+                         sum_of_squares(layout_.chunk, g), key, constants);
     }
   }
 
@@ -364,11 +375,14 @@ class ShardOf final : public ShardRows {
     }
   }
 
-  void win_row(uint64_t key, uint16_t table, float gain, int64_t step) {
-    if (threshold_ == 0.0) return;  // rows are then given out at lookup
+  // An absent key's gain goes to the sketch; what that remembers of the key may be worth a row.
+  uint32_t win_row(uint64_t key, uint16_t table, float gain, int64_t step) {
     const float estimate = sketch_.add(key, gain, step);
     const int width = width_of(estimate * decay_.unscale() / static_cast<float>(config_.admission), cuts_.data(), layout_.chunks);
-    if (width > 0 && ask(key, table, width, estimate, step, quota_) != kAbsent) sketch_.forget(key);
+    if (width == 0) return kAbsent;
+    const uint32_t won = ask(key, table, width, estimate, step, quota_);
+    if (won != kAbsent) sketch_.forget(key);
+    return won;
   }
 
   void advance(int64_t step) {

@@ -79,13 +79,15 @@ void pool_backward(void* at, const Bags& bags, int64_t n, const Real* grad_out, 
   launch_tiles(stream, rows, dim * static_cast<int>(sizeof(Real) / sizeof(float)),
                [widths, fold, chunk, dim, starts, grad_values, first = order.starts(), source = order.source(),
                 sums = groups.view()] FIITED_KERNEL(int64_t row, const Tile& tile) {
-                 const int live = widths[row] * chunk < dim ? widths[row] * chunk : dim;
+                 const int whole = (fold ? whole_chunks(widths[row]) : widths[row]) * chunk;
+                 const int live = whole < dim ? whole : dim;
+                 const bool folds = fold && has_folded_chunk(widths[row], dim / chunk);
                  auto* const sum = reinterpret_cast<Real*>(tile.scratch);
-                 sums.sum(tile, source, row, first[row], first[row + 1], fold ? dim : live, sum);
+                 sums.sum(tile, source, row, first[row], first[row + 1], folds ? dim : live, sum);
                  tile.sync();
                  Real* const to = grad_values + starts[row];
                  tile.each(live, [&](int i) { to[i] = sum[i]; });
-                 if (fold && live < dim) tile.each(chunk, [&](int i) { to[live + i] = folded(sum, live, chunk, dim, i); });
+                 if (folds) tile.each(chunk, [&](int i) { to[live + i] = folded(sum, live, chunk, dim, i); });
                });
   check_faults(stream);
 }

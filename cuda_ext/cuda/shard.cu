@@ -180,7 +180,7 @@ void DeviceShard::fill(const NewRows& rows, const View& view, const Starts& star
           RowHeader{key, rows.importance ? rows.importance[i] : 0.0f, static_cast<uint16_t>(table), Mark::kChanged};
       view.put(key, address);
       atomic_add(view.rows_by + int64_t{table} * view.layout.chunks + width - 1, int64_t{1});
-      if (rows.addresses) rows.addresses[i] = address;
+      rows.addresses[i] = address;
       if (rows.found_widths) rows.found_widths[i] = static_cast<uint8_t>(width);
     });
     initialise<Stored>(tile, view, row, 0, width, key, table, view.init_scale);

@@ -57,8 +57,8 @@ struct NewRows {
   const int32_t* tables;
   const uint8_t* widths;    // by position; null: all are of full width
   const float* importance;  // scaled, by position; null: 0
-  uint32_t* addresses;      // by position, written; may be null
-  uint8_t* found_widths;    // likewise
+  uint32_t* addresses;      // by position, written
+  uint8_t* found_widths;    // likewise; may be null
 };
 
 class DeviceShard final : public StepShard {
@@ -110,7 +110,11 @@ class DeviceShard final : public StepShard {
   void update_rows(const Update& rows, const Source& source, const int32_t* starts, const GroupSums<float>& groups);
   template <class Stored, class Source>
   void learn(const Update& rows, const Source& source, const int32_t* starts, const GroupSums<float>& groups, float* gains) const;
-  void win_rows(const Update& rows, const float* gains);
+  template <class Source>
+  void win_rows(const Update& rows, const Source& source, const int32_t* starts, const GroupSums<float>& groups, const float* gains);
+  template <class Stored, class Source>
+  void learn_first(const Update& rows, const Source& source, const int32_t* starts, const GroupSums<float>& groups, int64_t count,
+                   const int32_t* chosen, const uint32_t* addresses) const;
   void throw_infinite(const Update& rows, int64_t at) const;
   void change_width(int width, bool growing);
   bool change_rows(int width, bool growing, uint32_t begin, uint32_t end);

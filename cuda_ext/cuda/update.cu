@@ -91,7 +91,7 @@ void DeviceShard::update_rows(const Update& rows, const Source& source, const in
   const Scratch<float> gains(stream_, rows.n);  // of importance, for the keys without a row; negative for the others
   with_storage(config_.storage, [&](auto stored) { learn<decltype(stored), Source>(rows, source, starts, groups, gains.get()); });
   if (threshold_ != 0.0) {
-    win_rows(rows, gains.get());
+    win_rows(rows, source, starts, groups, gains.get());
   } else {  // rows are then given out at lookup: there is nothing to read but faults
     const Board told = read_board();
     if (first_of(told.faults, Fault::kInfinite) != kNoFault) throw_infinite(rows, first_of(told.faults, Fault::kInfinite));
@@ -111,6 +111,24 @@ FIITED_DEVICE void learn_by(Optimizer optimizer, typename Stored::Bits* vector, 
   }
 }
 
+// The first `n` of a row's values, mostly all: their gradient and its sum of squares.
+template <class Stored>
+FIITED_DEVICE void learn_row(const View& view, const Tile& tile, uint32_t address, uint64_t key, const float* g, int n, float squares,
+                             const StepConstants& constants) {
+  auto* const vector = reinterpret_cast<typename Stored::Bits*>(view.row(address) + sizeof(RowHeader));
+  float* const state = view.state(address);
+  const int live = view.addresses.width(address) * view.layout.chunk;
+  const Optimizer optimizer = view.layout.optimizer;
+  float rate = 0;
+  if (optimizer == Optimizer::kRowwiseAdagrad) {
+    const float raised = state[0] + squares / static_cast<float>(n);
+    rate = rowwise_rate(raised, constants);
+    tile.sync();  // all lanes have read it
+    tile.once([&] { state[0] = raised; });
+  }
+  tile.each(n, [&](int d) { learn_by<Stored>(optimizer, vector, state, d, live, g[d], rate, key, constants); });
+}
+
 template <class Stored, class Source>
 void DeviceShard::learn(const Update& rows, const Source& source, const int32_t* starts, const GroupSums<float>& groups,
                         float* gains) const {
@@ -127,7 +145,7 @@ void DeviceShard::learn(const Update& rows, const Source& source, const int32_t*
                  const auto key = static_cast<uint64_t>(rows.keys[i]);
                  const int width = rows.widths[i];
                  const int chunk = view.layout.chunk;
-                 const int live = width * chunk;
+                 const int live = whole_chunks(width) * chunk;
                  tile.once([&] { gains[i] = -1.0f; });
                  const bool table_there = rows.tables[i] >= 0 && rows.tables[i] < view.tables;
                  if (!view.belongs(key) || !table_there) {
@@ -143,12 +161,13 @@ void DeviceShard::learn(const Update& rows, const Source& source, const int32_t*
                  float* const g = tile.scratch;
                  const int64_t begin = starts ? starts[i] : i;
                  const int64_t end = starts ? starts[i + 1] : i + 1;
-                 const int size = kWire ? static_cast<int>(gradient_size(width, chunk, view.layout.chunks)) : dim;
+                 const bool folds = has_folded_chunk(width, view.layout.chunks);
+                 const int size = !folds ? live : kWire ? live + chunk : dim;
                  groups.sum(tile, source, i, begin, end, size, g);
                  tile.sync();
                  const float live_squares = tile.sum(live, [&](int d) { return g[d] * g[d]; });
                  float squares = live_squares;
-                 if (width < view.layout.chunks) {
+                 if (folds) {
                    squares += tile.sum(chunk, [&](int d) {
                      const float x = kWire ? g[live + d] : folded(g, live, chunk, dim, d);
                      return x * x;
@@ -164,29 +183,20 @@ void DeviceShard::learn(const Update& rows, const Source& source, const int32_t*
                    tile.once([&] { gains[i] = gain; });
                    return;
                  }
-                 std::byte* const row = view.row(address);
-                 auto* const vector = reinterpret_cast<typename Stored::Bits*>(row + sizeof(RowHeader));
-                 float* const state = view.state(address);
-                 const Optimizer optimizer = view.layout.optimizer;
-                 float rate = 0;
-                 if (optimizer == Optimizer::kRowwiseAdagrad) {
-                   const float raised = state[0] + live_squares / static_cast<float>(live);
-                   rate = rowwise_rate(raised, constants);
-                   tile.sync();  // all lanes have read it
-                   tile.once([&] { state[0] = raised; });
-                 }
                  tile.once([&] {
-                   auto* const header = reinterpret_cast<RowHeader*>(row);
+                   auto* const header = reinterpret_cast<RowHeader*>(view.row(address));
                    header->importance += gain;
                    header->mark = Mark::kChanged;
                  });
-                 tile.each(live, [&](int d) { learn_by<Stored>(optimizer, vector, state, d, live, g[d], rate, key, constants); });
+                 learn_row<Stored>(view, tile, address, key, g, live, live_squares, constants);
                });
 }
 
 // Absent keys add to the sketch, set by set and in their order. Each set is gone through twice: once as if there were room for all, which
-// tells where room ends; then for good.
-void DeviceShard::win_rows(const Update& rows, const float* gains) {
+// tells where room ends; then for good. The rows won then take a step by what won them.
+template <class Source>
+void DeviceShard::win_rows(const Update& rows, const Source& source, const int32_t* starts, const GroupSums<float>& groups,
+                           const float* gains) {
   const View view = this->view();
   Board* const board = board_.get();
   const int64_t n = rows.n;
@@ -270,8 +280,30 @@ void DeviceShard::win_rows(const Update& rows, const float* gains) {
   counted_.refused += told.refused;
   int64_t count = 0;
   for (int width = 1; width <= layout_.chunks; ++width) count += told.by_width[width];
-  admit({count, order.get(), reinterpret_cast<const uint64_t*>(rows.keys), rows.tables, granted.get(), estimates.get(), nullptr, nullptr},
+  const Scratch<uint32_t> addresses(stream_, n);
+  admit({count, order.get(), reinterpret_cast<const uint64_t*>(rows.keys), rows.tables, granted.get(), estimates.get(), addresses.get(),
+         nullptr},
         told);
+  with_storage(config_.storage,
+               [&](auto stored) { learn_first<decltype(stored)>(rows, source, starts, groups, count, order.get(), addresses.get()); });
+}
+
+// The first step of new rows, by the gradient of their first chunk, which alone has come.
+template <class Stored, class Source>
+void DeviceShard::learn_first(const Update& rows, const Source& source, const int32_t* starts, const GroupSums<float>& groups,
+                              int64_t count, const int32_t* chosen, const uint32_t* addresses) const {
+  const View view = this->view();
+  const StepConstants constants = step_constants(rows.lr, config_.eps, config_.beta1, config_.beta2, rows.step);
+  launch_tiles(stream_, count, layout_.chunk,
+               [view, rows, source, starts, groups, chosen, addresses, constants] FIITED_KERNEL(int64_t at, const Tile& tile) {
+                 const int32_t i = chosen[at];
+                 const int chunk = view.layout.chunk;
+                 float* const g = tile.scratch;
+                 groups.sum(tile, source, i, starts ? starts[i] : i, starts ? starts[i + 1] : i + 1, chunk, g);
+                 tile.sync();
+                 const float squares = tile.sum(chunk, [&](int d) { return g[d] * g[d]; });
+                 learn_row<Stored>(view, tile, addresses[i], static_cast<uint64_t>(rows.keys[i]), g, chunk, squares, constants);
+               });
 }
 
 void DeviceShard::throw_infinite(const Update& rows, int64_t at) const {

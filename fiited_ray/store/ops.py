@@ -82,7 +82,10 @@ def pool(values: Tensor, widths: Tensor, bags: Bags) -> Tensor:
 
 
 def wire_gradients(grad_pooled: Tensor, widths: Tensor, bags: Bags) -> Tensor:
-    """Gradient of each row in the form that travels: the live dimensions, then the missing chunks folded into one."""
+    """Gradient of each row in the form that travels: the live dimensions, then the missing chunks folded into one.
+
+    Of absent rows it is the first chunk's, as it is.
+    """
     folded: Tensor = ops(grad_pooled.device.type).pool_backward(
         grad_pooled, widths, bags.inverse, bags.offsets, bags.weights, bags.features, bags.mean, bags.chunk, bags.chunks, True
     )
@@ -99,7 +102,7 @@ def lookup_norms(grad_pooled: Tensor, rows: int, bags: Bags) -> Tensor:
 
 def gradient_sizes(widths: Tensor, chunk: int, chunks: int) -> Tensor:
     """int64 [U]: numbers that a row's gradient takes on the wire."""
-    return (widths.long() + 1).clamp(max=chunks) * chunk
+    return torch.where(widths == 0, 1, (widths.long() + 1).clamp(max=chunks)) * chunk
 
 
 def _pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -209,8 +209,8 @@ class ReferenceShard:
         flat, at = self._summed(found, gradients, target).numpy(), 0
         for number, (key, table, count) in enumerate(self._ids(found.keys, found.tables, found.counts)):
             width = int(found.widths[number])
-            live = width * self.spec.chunk
-            size = min(width + 1, self.spec.chunks) * self.spec.chunk
+            live = max(width, 1) * self.spec.chunk
+            size = (min(width + 1, self.spec.chunks) if width else 1) * self.spec.chunk
             gradient = flat[at : at + size]
             at += size
             norm = F32(np.sqrt(np.sum(gradient.astype(np.float64) ** 2)))
@@ -226,7 +226,9 @@ class ReferenceShard:
                 self._changed.add((key, table))
                 self._learn(row, gradient[:live], lr, step)
             else:
-                self._win_row(key, table, F32(gain), step, quota)
+                row = self._win_row(key, table, F32(gain), step, quota)
+                if row is not None:
+                    self._learn(row, gradient[:live], lr, step)
 
     def _summed(self, found: Lookup, gradients: Tensor, target: Tensor | None) -> Tensor:
         """The gradients that arrived for each row, summed."""
@@ -298,13 +300,17 @@ class ReferenceShard:
         self.admitted += 1
         return row
 
-    def _win_row(self, key: int, table: int, gain: np.float32, step: int, quota: int) -> None:
+    def _win_row(self, key: int, table: int, gain: np.float32, step: int, quota: int) -> _Row | None:
         if self.threshold == 0:
-            return
+            return None
         estimate = self.sketch.add(key, gain, step)
         width = self._width(F32(estimate), self.spec.admission)
-        if width > 0 and self._ask(key, table, width, estimate, step, quota) is not None:
+        if width == 0:
+            return None
+        row = self._ask(key, table, width, estimate, step, quota)
+        if row is not None:
             self.sketch.forget(key)
+        return row
 
     def _reshape(self, key: int, table: int, row: _Row, width: int) -> None:
         if self.limit is not None and self.planned - self.row_bytes[row.width] + self.row_bytes[width] > self.limit:
@@ -323,21 +329,24 @@ class ReferenceShard:
         self.resized += 1
 
     def _learn(self, row: _Row, g: np.ndarray, lr: float, step: int) -> None:
-        eps = F32(self.spec.eps)
+        """A step of a row's first dimensions, mostly all, of which `g` is the gradient."""
+        eps, size = F32(self.spec.eps), row.vector.size
+        vector = row.vector[: g.size]
         if self.spec.optimizer == "sgd":
-            row.vector = row.vector - F32(lr) * g
+            vector -= F32(lr) * g
         elif self.spec.optimizer == "rowwise_adagrad":
             row.state[0] += F32(np.mean(g.astype(np.float64) ** 2))
-            row.vector = row.vector - F32(lr) / (np.sqrt(row.state[0]) + eps) * g
+            vector -= F32(lr) / (np.sqrt(row.state[0]) + eps) * g
         elif self.spec.optimizer == "adagrad":
-            row.state += g * g
-            row.vector = row.vector - F32(lr) * g / (np.sqrt(row.state) + eps)
+            state = row.state[: g.size]
+            state += g * g
+            vector -= F32(lr) * g / (np.sqrt(state) + eps)
         else:
             beta1, beta2 = self.spec.betas
-            m, s = row.state[: g.size], row.state[g.size :]
+            m, s = row.state[: g.size], row.state[size : size + g.size]
             m += F32(1 - beta1) * (g - m)
             s += F32(1 - beta2) * (g * g - s)
-            row.vector = row.vector - F32(lr) * (m / F32(1 - beta1**step)) / (np.sqrt(s / F32(1 - beta2**step)) + eps)
+            vector -= F32(lr) * (m / F32(1 - beta1**step)) / (np.sqrt(s / F32(1 - beta2**step)) + eps)
 
     def _advance(self, step: int) -> None:
         octaves = step * -math.log2(self.spec.decay) - self._lowered

@@ -160,7 +160,7 @@ class VhpiShard:
 
         Args:
             gradients: float32, in the order of the keys, each width * c values and, where width < k, c more: the missing
-                chunks folded into one.
+                chunks folded into one. Of absent keys the first chunk's c values as they are.
             target: int32 [M]: M such gradients came, each for this one of the U keys; they are summed.
             lookup_norms: float32 [U] sum of the lookups' gradient norms; needed by importance `lookup_norm_sum` only.
             quota: share, of 2**32, of the absent keys worth a row that may get one now.

@@ -79,6 +79,31 @@ def test_a_chunk_that_comes_back_has_clean_values_and_state_and_the_rest_keeps_i
     assert bool((state[:, 4:] == 0).all())
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+def test_the_gradient_that_wins_an_id_its_row_is_not_lost(optimizer: str) -> None:
+    shard = VhpiShard(make_spec(optimizer=optimizer, importance="norm", decay=1.0))
+    shard.resize(1.0)
+    gradient = torch.ones(4, 12) * torch.tensor([[0.1], [1.0], [4.0], [16.0]])  # the norm of a chunk is twice the factor
+    assert learn(shard, [1, 2, 3, 4], gradient, 1).widths.tolist() == [0, 0, 0, 0]
+    won = read(shard, [1, 2, 3, 4])
+    assert won.widths.tolist() == [0, 1, 2, 3]
+    short = VhpiShard(make_spec(optimizer=optimizer, importance="norm", decay=1.0, chunks=1, levels=(1.0,)))
+    learn(short, [2, 3, 4], gradient[1:, :4], 1)  # as if the ids had had a row of one chunk before the step
+    assert torch.equal(padded(shard, won)[1:, :4], padded(short, read(short, [2, 3, 4])))
+    for at, raw_id in enumerate([3, 4], 2):  # the other chunks are as new
+        fresh = torch.from_numpy(initial_values(key_of(raw_id, 0, 0), 0, 0, 4 * at, 0.1))
+        torch.testing.assert_close(padded(shard, won)[at, 4 : 4 * at], fresh[4:])
+    assert importance_of(shard, 4) == 32.0
+    moments = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 0, "adam": 2}[optimizer]
+    rows = shard.export_rows()
+    for raw_id, width in ((2, 1), (3, 2), (4, 3)):
+        at = rows.raw_ids.tolist().index(raw_id)
+        sizes = [shard.spec.state_bytes(int(each)) // 4 for each in rows.widths]
+        state = rows.state.split(sizes)[at]
+        learned = state.reshape(moments, width, 4) != 0 if moments else state
+        assert not moments or (bool(learned[:, 0].all()) and not bool(learned[:, 1:].any()))
+
+
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
 def test_slots_of_other_ids_leave_no_trace(optimizer: str, storage: str) -> None:
