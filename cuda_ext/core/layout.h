@@ -70,12 +70,11 @@ inline Addresses addresses_of(int chunks) {
 // Wire layout of a gradient at width w of k chunks: w*chunk values, and behind them, while w < k, the missing chunks folded
 // into one with fixed random signs (additive over workers; its norm estimates theirs, exactly when one chunk is missing).
 // That of a key without a row is the first chunk's, as it is: it teaches the row that the key may win by it.
-FIITED_HD int64_t gradient_size(int width, int chunk, int chunks) {
-  return static_cast<int64_t>(width == 0 ? 1 : width < chunks ? width + 1 : chunks) * chunk;
-}
-
-// Chunks of a gradient that travel as they are, and whether there is a folded one behind them.
 FIITED_HD int whole_chunks(int width) { return width > 0 ? width : 1; }
 FIITED_HD bool has_folded_chunk(int width, int chunks) { return width > 0 && width < chunks; }
+FIITED_HD int64_t gradient_size(int width, int chunk, int chunks) {
+  const int whole = whole_chunks(width < chunks ? width : chunks);
+  return static_cast<int64_t>(whole + has_folded_chunk(width, chunks)) * chunk;
+}
 
 }  // namespace fiited

@@ -207,10 +207,9 @@ class ReferenceShard:
         self._advance(step)
         self._full = False
         flat, at = self._summed(found, gradients, target).numpy(), 0
+        sizes = ops.gradient_sizes(found.widths, self.spec.chunk, self.spec.chunks).tolist()
         for number, (key, table, count) in enumerate(self._ids(found.keys, found.tables, found.counts)):
-            width = int(found.widths[number])
-            live = max(width, 1) * self.spec.chunk
-            size = (min(width + 1, self.spec.chunks) if width else 1) * self.spec.chunk
+            live, size = max(int(found.widths[number]), 1) * self.spec.chunk, sizes[number]
             gradient = flat[at : at + size]
             at += size
             norm = F32(np.sqrt(np.sum(gradient.astype(np.float64) ** 2)))
