@@ -13,7 +13,8 @@ import ray
 _LONGEST = {"train", "tune", "test_job_submit.py", "test_ray_resume.py", "test_end_to_end.py"}
 
 # What Ray starts shall get its share of the processor beside other tests, and be asked more often than every other second how it is.
-os.environ |= {"RAY_worker_niceness": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+# A process that looks for notices of preemption, for each group of workers, is started where a test gives notice.
+os.environ |= {"RAY_worker_niceness": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one takes its time over an example
 hypothesis.settings.load_profile("any machine")

@@ -94,7 +94,7 @@ def test_reading_through_ray_data_trains_the_same_model(finished: tuple[Plan, Ou
 def test_a_method_that_fixes_its_rows_trains_within_the_budget_and_its_saved_model_scores_the_same(
     config: Config, ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = dataclasses.replace(config.train, max_steps=4)
+    short = dataclasses.replace(config.train, max_steps=4, workers=1)
     plan = make_plan(dataclasses.replace(config, method="qr", name="products", train=short))
     outcome = run(plan, lambda text: None)
     assert plan.config.embedding.rows

@@ -40,32 +40,13 @@ def nodes(cluster: Cluster) -> Iterator[list[Node]]:
         cluster.remove_node(node)
 
 
-def replace_last(cluster: Cluster, nodes: list[Node]) -> None:
-    """A node is lost without a word, and a new one comes."""
-    cluster.remove_node(nodes.pop(), allow_graceful=False)
-    nodes.append(cluster.add_node(num_cpus=1))
-
-
 @contextmanager
-def driver(cluster: Cluster, config: Config, *closed: str) -> Iterator[Gates]:
+def driver(cluster: Cluster, config: Config, *closed: str, **environment: str) -> Iterator[Gates]:
     """A driver, and the gates of its workers. It has to end well, and soon, when the block is over."""
-    environment = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
-    with gated_driver(config, *closed, **environment) as (process, gates):
+    with gated_driver(config, *closed, RAY_ADDRESS=cluster.address, **environment) as (process, gates):
         yield gates
         status = process.wait(WITHIN)
     assert status == 0, (gates.folder / "driver.txt").read_text()
-
-
-def test_a_node_is_lost_and_training_goes_on_from_the_checkpoint_on_a_new_one(cluster: Cluster, nodes: list[Node], tmp_path: Path) -> None:
-    config = small_config(tmp_path)
-    with driver(cluster, config, "8-2") as gates:
-        pids = gates.waiting("8-2", WITHIN)
-        eventually(lambda: newest_step(config) == 6, WITHIN, "the checkpoint of step 6 is complete")
-        replace_last(cluster, nodes)
-        gates.open("8-2")
-    assert_one_run(config)
-    assert resumptions(config) == [(6, 2)]
-    eventually(lambda: gone(pids), 30, "the processes of the first attempt are gone")
 
 
 def test_a_run_for_one_or_two_workers_goes_on_with_one_when_a_node_leaves_and_with_two_when_one_comes(
@@ -85,12 +66,13 @@ def test_a_run_for_one_or_two_workers_goes_on_with_one_when_a_node_leaves_and_wi
     eventually(lambda: gone(pids), 30, "the processes of earlier attempts are gone")
 
 
-def test_a_node_that_is_about_to_be_taken_away_makes_a_checkpoint_from_which_training_goes_on(
+def test_a_node_that_is_about_to_be_taken_away_makes_a_checkpoint_from_which_training_goes_on_with_a_new_one(
     cluster: Cluster, nodes: list[Node], tmp_path: Path
 ) -> None:
     config = small_config(tmp_path, checkpoint={"every": 20})
-    with driver(cluster, config, "5-2", "9-2") as gates:
-        gates.waiting("5-2", WITHIN)
+    watching = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    with driver(cluster, config, "5-2", "9-2", **watching) as gates:
+        pids = gates.waiting("5-2", WITHIN)
         deadline = int(time.time() * 1000) + 600_000
         reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         accepted, why = GcsClient(address=cluster.address).drain_node(nodes[-1].node_id, reason, "a test", deadline)
@@ -99,7 +81,9 @@ def test_a_node_that_is_about_to_be_taken_away_makes_a_checkpoint_from_which_tra
         gates.open("5-2")
         gates.waiting("9-2", WITHIN)  # training goes on
         eventually(lambda: newest_step(config) == 6, WITHIN, "there is a checkpoint of step 6, at which the first report came")
-        replace_last(cluster, nodes)
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+        nodes.append(cluster.add_node(num_cpus=1))
         gates.open("9-2")
     assert_one_run(config)
     assert resumptions(config) == [(6, 2)]
+    eventually(lambda: gone(pids), 30, "the processes of the first attempt are gone")
