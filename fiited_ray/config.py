@@ -218,7 +218,7 @@ class PolicyConfig:
     first_round: int = 10  # the first round's step; the gap then doubles until it reaches `interval`
     min_change: float = 0.01  # a round that would move a smaller share of the budget is skipped
     headroom: float = 0.02  # most of the budget a round leaves free for the rows that ask to be let in before the next one
-    sketch_share: float = 0.01  # share of the budget given to the importance of absent ids
+    sketch_share: float = 0.04  # share of the budget given to the importance of absent ids
     max_shard_bytes: int | None = None  # a worker's own memory; the budget binds all of them together
 
     def __post_init__(self) -> None:
