@@ -279,15 +279,14 @@ class ShardedEmbedding(nn.Module):
             return
         assert route.owner_inverse is not None
         with self.times.phase("route"):
-            grad_pooled = grad_pooled / self.exchange.workers
-            gradients = ops.wire_gradients(grad_pooled, reading.widths, reading.bags)
+            gradients = ops.wire_gradients(grad_pooled, reading.widths, reading.bags).div_(self.exchange.workers)
             norms = self._lookup_norms(grad_pooled, reading)
             asked_widths = reading.found.widths[route.owner_inverse]
             send = splits(ops.gradient_sizes(reading.widths, spec.chunk, spec.chunks), route.send)
             receive = splits(ops.gradient_sizes(asked_widths, spec.chunk, spec.chunks), route.receive)
             arrived = self.exchange.all_to_all(gradients, send, receive)
             if norms is not None:
-                arrived_norms = self.exchange.all_to_all(norms, route.send, route.receive)
+                arrived_norms = self.exchange.all_to_all(norms.div_(self.exchange.workers), route.send, route.receive)
                 norms = arrived_norms.new_zeros(reading.found.widths.numel()).index_add_(0, route.owner_inverse, arrived_norms)
         with self.times.phase("update"):
             self.shard.update(reading.found, arrived, norms, self.lr, self.step, reading.quota, route.owner_inverse)
