@@ -52,8 +52,10 @@ def create_run(
         tags = {**shown, "fiited_ray.version": package_version("fiited-ray"), **tags}
         run = client.create_run(experiment, run_name=name or config.name, tags=tags)
         ref = RunRef(uri, experiment, run.info.run_id)
-        flat = config.flat() | {"tracking.uri": redact(uri)} if params is None else params
-        entries = [Param(metric_safe(name), value[:_LONGEST_PARAM]) for name, value in flat.items()]
+        if params is None:  # without the name, which is the run's own: the UI would compare runs by it
+            flat = config.flat() | {"tracking.uri": redact(uri)}
+            params = {key: value for key, value in flat.items() if key != "name"}
+        entries = [Param(metric_safe(name), value[:_LONGEST_PARAM]) for name, value in params.items()]
         for begin in range(0, len(entries), _PARAMS_AT_ONCE):
             client.log_batch(ref.run_id, params=entries[begin : begin + _PARAMS_AT_ONCE])
         client.log_text(ref.run_id, config.to_yaml(), "config.yaml")

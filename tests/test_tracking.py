@@ -35,6 +35,7 @@ def test_a_run_holds_its_parameters_tags_metrics_and_artifacts(config: Config) -
     assert run.info.run_name == "tried"
     assert run.info.status == "FINISHED"
     assert run.data.params["embedding.dim"] == "32"
+    assert "name" not in run.data.params
     assert run.data.tags["synthetic_data"] == "True"
     assert [(each.step, each.value) for each in client.get_metric_history(ref.run_id, "train/auc")] == [(10, 0.7), (20, 0.8)]
     assert run.data.metrics["rows/table/a x b"] == 3.0
