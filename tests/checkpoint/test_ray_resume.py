@@ -93,8 +93,10 @@ def test_a_job_submitted_again_ends_as_if_it_had_never_stopped_and_is_brought_to
     assert found.step == STEPS
 
     client.update_run(outcome.run.run_id, status="RUNNING")  # as if it had been killed before MLflow was told the end
+    told.clear()
     last = run(make_plan(config), told.append)
-    assert told[-1].endswith(f"step {STEPS}")
+    assert told[0].startswith("goes on from ")
+    assert told[0].endswith(f"step {STEPS}")
     assert last.run.run_id == outcome.run.run_id
     assert client.get_run(outcome.run.run_id).info.status == "FINISHED"
     assert [each.step for each in client.get_metric_history(outcome.run.run_id, "train/loss")] == list(range(2, STEPS + 1, 2))
