@@ -56,24 +56,37 @@ class Collator:
                 at, table = at[~error.rows], table.filter(pa.array(~error.rows)).combine_chunks()
 
     def _batch(self, table: pa.Table, where: str) -> Batch:
-        rows = table.num_rows
-        scalar = {name: self._ids(table, name, where) for name in self.config.scalar}
-        features: list[tuple[Tensor, Tensor | None]] = [(scalar[name], None) for name in self.config.categorical]  # None: one id a row
-        weights: dict[int, Tensor] = {}  # by feature
+        scalars = self._scalars(table, where)
+        at = {name: number for number, name in enumerate(self.config.scalar)}  # the categorical columns are the first
+        parts: list[tuple[Tensor, Tensor | None]] = [(scalars[: len(self.config.categorical)].flatten(), None)]  # None: one id a bag
+        weights: dict[int, Tensor] = {}  # by part
         for name in self.config.multi_hot:
             ids, lengths = _lists(_array(table, name), name, where, self.key)
             if column := self.config.weights.get(name):
-                weights[len(features)] = _weights(_array(table, column), column, name, lengths, where)
-            features.append((ids, lengths))
+                weights[len(parts)] = _weights(_array(table, column), column, name, lengths, where)
+            parts.append((ids, lengths))
         for first, *rest in self.config.cross:
-            crossed = scalar[first]
+            crossed = scalars[at[first]]
             for name in rest:
-                crossed = ops("cpu").cross_ids(crossed, scalar[name], self.key)
-            features.append((crossed, None))
-        ids = torch.cat([each for each, _ in features])
+                crossed = ops("cpu").cross_ids(crossed, scalars[at[name]], self.key)
+            parts.append((crossed, None))
         labels = _labels(_array(table, self.config.label), self.config.label, where)
-        weighted = torch.cat([weights.get(at, torch.ones(len(each))) for at, (each, _) in enumerate(features)]) if weights else None
-        return Batch(self._dense(table, where), labels, ids, _offsets(rows, features), weighted)
+        ids = torch.cat([each for each, _ in parts])
+        weighted = torch.cat([weights.get(part, torch.ones(len(each))) for part, (each, _) in enumerate(parts)]) if weights else None
+        return Batch(self._dense(table, where), labels, ids, _offsets(parts), weighted)
+
+    def _scalars(self, table: pa.Table, where: str) -> Tensor:
+        """int64 [columns with one id a row, rows]."""
+        out = np.empty((len(self.config.scalar), table.num_rows), np.int64)
+        for ids, name in zip(out, self.config.scalar, strict=True):
+            if name not in self.config.bins:
+                array = _array(table, name)
+                if pa.types.is_integer(array.type) and not array.null_count:  # the most common ones, without a copy between
+                    np.copyto(ids, array.to_numpy(), casting="unsafe")
+                    if not len(ids) or ids.min() != NULL_ID:
+                        continue
+            ids[:] = self._ids(table, name, where)
+        return torch.from_numpy(out)
 
     def _ids(self, table: pa.Table, name: str, where: str) -> Tensor:
         if name not in self.config.bins:
@@ -93,45 +106,48 @@ class Collator:
         return _mark_nulls(ids, column)
 
     def _dense(self, table: pa.Table, where: str) -> Tensor:
-        out = np.zeros((table.num_rows, len(self.config.dense)), np.float32)
-        for at, name in enumerate(self.config.dense):
+        columns = np.empty((len(self.config.dense), table.num_rows), np.float32)
+        for values, name in zip(columns, self.config.dense, strict=True):
             column = _array(table, name)
-            values = pc.cast(column, pa.float32(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
-            odd = ~np.isfinite(values)
-            if odd.any():
-                row = int(odd.argmax())
-                raise DataError(
-                    f"{where}: dense column {name!r}, row {row}: {values[row]}; clean the data, or leave the value null if it is missing",
-                    row,
-                    odd,
-                )
-            out[:, at] = values
+            column = column if column.type == pa.float32() else pc.cast(column, pa.float32(), safe=False)
+            values[:] = (column.fill_null(0.0) if column.null_count else column).to_numpy(zero_copy_only=False)
+        odd = ~np.isfinite(columns)
+        if odd.any():
+            at = int(odd.any(1).argmax())
+            row = int(odd[at].argmax())
+            raise DataError(
+                f"{where}: dense column {self.config.dense[at]!r}, row {row}: {columns[at, row]}; "
+                "clean the data, or leave the value null if it is missing",
+                row,
+                odd[at],
+            )
         if self.config.dense_transform == "log1p":
-            np.log1p(np.maximum(out, 0), out=out)
-        return torch.from_numpy(out)
+            np.log1p(np.maximum(columns, 0, out=columns), out=columns)
+        return torch.from_numpy(columns).t().contiguous()
 
 
-def _offsets(rows: int, features: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """int64 [F*rows+1]: where each bag begins, of features given as ids and bag lengths (None: one id a row)."""
-    offsets = torch.empty(len(features) * rows + 1, dtype=torch.int64)
-    one_each, begin = torch.arange(rows), 0
-    for at, (ids, lengths) in enumerate(features):
-        mine = offsets[at * rows : (at + 1) * rows]
+def _offsets(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """int64 [bags+1]: where each bag begins, of parts given as ids and bag lengths (None: one id a bag)."""
+    offsets = torch.empty(sum(len(ids if lengths is None else lengths) for ids, lengths in parts) + 1, dtype=torch.int64)
+    bag, begin = 0, 0
+    for ids, lengths in parts:
+        mine = offsets[bag : bag + len(ids if lengths is None else lengths)]
         if lengths is None:
-            torch.add(one_each, begin, out=mine)
+            torch.arange(begin, begin + len(ids), out=mine)
         else:
             torch.cumsum(lengths, 0, out=mine).sub_(lengths).add_(begin)
-        begin += len(ids)
+        bag, begin = bag + len(mine), begin + len(ids)
     offsets[-1] = begin
     return offsets
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:
+    """A column in one piece; the table's chunks have been combined."""
     column = table[name]
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
-    return array
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    array = column.combine_chunks()
+    return array if isinstance(array, pa.Array) else pa.array([], column.type)
 
 
 def _scalar_ids(array: pa.Array, name: str, where: str, key: int, owners: Tensor | None = None, rows: int | None = None) -> Tensor:
