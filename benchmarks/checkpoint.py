@@ -6,7 +6,9 @@ Synthetic: a DLRM with 8 tables of D = 32, row-wise Adagrad, single-hot power-la
 with full-width rows, then trained on; after `--steps` steps each, it is saved whole and as an increment (rows changed since). `stopped` is
 the time from the call to the return of `Saver.save`; `written` is when the files are complete, while training goes on; `during` is the
 median step while they were being written, beside `step` without. `bound` is what copying the bytes once would take at the copy bandwidth
-measured here. Loading is done in a process of its own; its memory is the growth of the resident peak.
+measured here, between tensors that are there already; `copy` is a plain copy of as many bytes into memory taken for it, as a checkpoint's
+is: handing out pages takes the system longer than filling them. Loading is done in a process of its own; its memory is the growth of the
+resident peak.
 """
 
 from __future__ import annotations
@@ -65,6 +67,16 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 4 / min(times)
 
 
+def copy_seconds(size: int) -> float:
+    """A copy of so many bytes into memory that is taken for it."""
+    source, times = torch.ones(size, dtype=torch.uint8), []
+    for _ in range(5):
+        start = time.perf_counter()
+        source.clone()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
 def measure(rows: int, steps: int, staging_bytes: int, folder: Path, copy_gb_per_s: float) -> dict[str, Any]:
     """A whole checkpoint and an increment, with staging memory of this size."""
     config = dataclasses.replace(
@@ -92,6 +104,7 @@ def measure(rows: int, steps: int, staging_bytes: int, folder: Path, copy_gb_per
             "mib": size / MIB,
             "stopped_s": told["checkpoint/stopped_s"],
             "bound_s": 2 * size / (copy_gb_per_s * 1e9),
+            "copy_s": copy_seconds(size),
             "written_s": written,
             "step_during_s": statistics.median(during) if during else None,
         }
@@ -163,15 +176,15 @@ def resident_peak() -> int:
 
 def show(results: dict[str, Any]) -> None:
     print(f"{results['rows']:,} rows, copy bandwidth {results['copy_gb_per_s']:.1f} GB/s, synthetic ids")
-    print("| staging MiB | checkpoint | rows | MiB | stopped s | bound s | written s | step ms | step ms, while writing |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| staging MiB | checkpoint | rows | MiB | stopped s | copy s | bound s | written s | step ms | step ms, while writing |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for case in results["cases"]:
         for kind in ("whole", "increment"):
             at = case[kind]
             during = "-" if at["step_during_s"] is None else f"{1e3 * at['step_during_s']:.1f}"
             print(
-                f"| {case['staging_mib']:.0f} | {kind} | {at['rows']:,} | {at['mib']:.1f} | {at['stopped_s']:.3f} | {at['bound_s']:.3f} | "
-                f"{at['written_s']:.2f} | {1e3 * case['step_s']:.1f} | {during} |"
+                f"| {case['staging_mib']:.0f} | {kind} | {at['rows']:,} | {at['mib']:.1f} | {at['stopped_s']:.3f} | {at['copy_s']:.3f} | "
+                f"{at['bound_s']:.3f} | {at['written_s']:.2f} | {1e3 * case['step_s']:.1f} | {during} |"
             )
     loaded = results["load"]
     print(

@@ -22,14 +22,14 @@ inline ScalarType storage_type(const ShardConfig& config) {
 // `shard_at` as in ByHandle.
 template <auto shard_at>
 struct Saving {
-  // Addresses of the rows changed since the last call, or of all; and how many of them belong to each range of buckets.
-  static std::tuple<Tensor, Tensor> changed(int64_t handle, bool all, std::vector<int64_t> ends) {
+  // Addresses of the rows changed since the last call, or of all, in pieces of buckets with at most so many rows where one bucket has
+  // no more; the bucket before which each piece ends; and its rows.
+  static std::tuple<Tensor, Tensor, Tensor> changed(int64_t handle, bool all, int64_t most) {
     const auto shard = shard_at(handle);
-    REQUIRE(!ends.empty() && ends.back() == shard->config().end_bucket, "the last range must end where the shard's buckets do");
-    for (size_t i = 0; i < ends.size(); ++i) REQUIRE(ends[i] >= (i ? ends[i - 1] : 0), "the ranges' ends fall");
-    std::vector<int64_t> counts;
-    const auto addresses = shard->changed(all, std::vector<uint32_t>(ends.begin(), ends.end()), counts);
-    return {from_vector(addresses, ScalarType::Int), from_vector(counts, ScalarType::Long)};
+    const ShardConfig& config = shard->config();
+    const Pieces pieces = pieces_of(shard->changed(all), config.first_bucket, config.end_bucket, most);
+    return {from_vector(pieces.addresses, ScalarType::Int), from_vector(pieces.ends, ScalarType::Long),
+            from_vector(pieces.counts, ScalarType::Long)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> take(int64_t handle, Tensor addresses) {
@@ -142,7 +142,7 @@ struct Saving {
 
 template <class Library>
 void define_saving(Library& m) {
-  m.def("store_changed(int handle, bool all, int[] ends) -> (Tensor, Tensor)");
+  m.def("store_changed(int handle, bool all, int most) -> (Tensor, Tensor, Tensor)");
   m.def("store_take(int handle, Tensor addresses) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "store_put(int handle, Tensor raw_ids, Tensor tables, Tensor widths, Tensor importance, Tensor values, Tensor state, Tensor? "

@@ -283,6 +283,6 @@ def test_a_saved_configuration_holds_what_was_found(tmp_path: Path) -> None:
     assert saved.embedding == config.embedding
     first, again = opened(config), opened(saved)
     vectors = vectors_of(first, [1, 2, 3], [[4], [], [5, 6]])
-    addresses, _ = first.shard.changed(True, [1024])
+    addresses, _, _ = first.shard.changed(True)
     again.shard.put(first.shard.take(addresses))
     torch.testing.assert_close(vectors_of(again, [1, 2, 3], [[4], [], [5, 6]]), vectors)

@@ -126,13 +126,37 @@ struct ShardState {
   Counts counted;
 };
 
-// For each virtual bucket, which of the ranges it is in; range i ends before ends[i].
-inline std::vector<uint16_t> ranges_of_buckets(const std::vector<uint32_t>& ends) {
-  std::vector<uint16_t> range_of(kBuckets, 0);
-  for (size_t range = 0; range < ends.size(); ++range) {
-    for (uint32_t bucket = range ? ends[range - 1] : 0; bucket < ends[range]; ++bucket) range_of[bucket] = static_cast<uint16_t>(range);
+// Rows in the order in which they stand, and the virtual bucket of each.
+struct Listed {
+  std::vector<uint32_t> addresses;
+  std::vector<uint16_t> buckets;
+};
+
+// Rows in pieces of consecutive virtual buckets, those of a piece as they stand: counts[i] of them, whose buckets end before ends[i].
+struct Pieces {
+  std::vector<uint32_t> addresses;
+  std::vector<int64_t> ends;
+  std::vector<int64_t> counts;
+};
+
+// As many buckets in a piece as have no more than `most` rows together; a single one may have more.
+inline Pieces pieces_of(const Listed& rows, uint32_t first_bucket, uint32_t end_bucket, int64_t most) {
+  std::vector<int64_t> in_bucket(kBuckets, 0);
+  for (const uint16_t bucket : rows.buckets) ++in_bucket[bucket];
+  Pieces pieces{std::vector<uint32_t>(rows.addresses.size()), {end_bucket}, {0}};
+  std::vector<uint16_t> piece_of(kBuckets, 0);
+  std::vector<int64_t> next{0};  // place for the next row of each piece
+  for (uint32_t bucket = first_bucket; bucket < end_bucket; ++bucket) {
+    if (in_bucket[bucket] > 0 && pieces.counts.back() > 0 && pieces.counts.back() + in_bucket[bucket] > most) {
+      next.push_back(next.back() + pieces.counts.back());
+      pieces.ends.insert(pieces.ends.end() - 1, bucket);
+      pieces.counts.push_back(0);
+    }
+    pieces.counts.back() += in_bucket[bucket];
+    piece_of[bucket] = static_cast<uint16_t>(pieces.counts.size() - 1);
   }
-  return range_of;
+  for (size_t i = 0; i < rows.addresses.size(); ++i) pieces.addresses[next[piece_of[rows.buckets[i]]]++] = rows.addresses[i];
+  return pieces;
 }
 
 // What a store does on every device. Arrays of a step (`lookup`, `update`) are in that device's memory, all others in the host's.
@@ -178,12 +202,12 @@ class Shard {
   ExportedRows export_rows(uint32_t first_bucket, uint32_t end_bucket) const;
   virtual void check() const = 0;
 
-  // Saving. Addresses of the rows that were written or moved since the last call (or of all rows), those of each range of buckets
-  // together: range i ends before ends[i]. From now on these rows count as saved.
-  virtual std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) = 0;
-  // Rows at addresses, exactly as they are held: importance scaled, vectors in the storage type.
   // Addresses of all rows of these buckets.
   virtual std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const = 0;
+
+  // Saving. The rows that were written or moved since the last call, or all rows; from now on they count as saved.
+  virtual Listed changed(bool all) = 0;
+  // Rows at addresses, exactly as they are held: importance scaled, vectors in the storage type.
   virtual void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const = 0;
   virtual void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const = 0;
   virtual ShardState state() const = 0;

@@ -31,7 +31,7 @@ class ShardRows : public CpuShard {
   void check() const override;
 
   std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const override;
-  std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) override;
+  Listed changed(bool all) override;
   void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const override;
   void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const override;
   ShardState state() const override;

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 
 #include "core/numeric.h"
 #include "cpu/parallel.h"
@@ -38,27 +37,25 @@ bool all_finite(Storage storage, const void* vector, int size) {
 
 }  // namespace
 
-std::vector<uint32_t> ShardRows::changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) {
-  const std::vector<uint16_t> range_of = ranges_of_buckets(ends);
-  const auto each = [&](auto&& visit) {
-    for (int width = 1; width <= layout_.chunks; ++width) {
-      for (uint32_t at = 0; at < pools_.count(width); ++at) {
-        const uint32_t address = pools_.address_of(width, at);
-        RowHeader& header = pools_.header(address);
-        if (all || header.mark != Mark::kSaved) visit(address, header);
-      }
+Listed ShardRows::changed(bool all) {
+  Listed rows;
+  if (all) {
+    int64_t count = 0;
+    for (int width = 1; width <= layout_.chunks; ++width) count += pools_.count(width);
+    rows.addresses.reserve(count);
+    rows.buckets.reserve(count);
+  }
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    for (uint32_t at = 0; at < pools_.count(width); ++at) {
+      const uint32_t address = pools_.address_of(width, at);
+      RowHeader& header = pools_.header(address);
+      if (!all && header.mark == Mark::kSaved) continue;
+      header.mark = Mark::kSaved;
+      rows.addresses.push_back(address);
+      rows.buckets.push_back(static_cast<uint16_t>(bucket_of(header.key)));
     }
-  };
-  counts.assign(ends.size(), 0);
-  each([&](uint32_t, const RowHeader& header) { ++counts[range_of[bucket_of(header.key)]]; });
-  std::vector<int64_t> next(ends.size(), 0);
-  std::partial_sum(counts.begin(), counts.end() - 1, next.begin() + 1);
-  std::vector<uint32_t> addresses(static_cast<size_t>(next.back() + counts.back()));
-  each([&](uint32_t address, RowHeader& header) {
-    addresses[next[range_of[bucket_of(header.key)]]++] = address;
-    header.mark = Mark::kSaved;
-  });
-  return addresses;
+  }
+  return rows;
 }
 
 void ShardRows::widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const {

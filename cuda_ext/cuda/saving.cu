@@ -1,16 +1,8 @@
 // A shard out to the host's memory and back, for checkpoints: rows are gathered and scattered on the device, in pieces of bounded size.
-#include <numeric>
-
 #include "cuda/shard.h"
 #include "cuda/staging.h"
 
 namespace fiited::device {
-
-// Rows as the host lists them.
-struct Listed {
-  std::vector<uint32_t> addresses;
-  std::vector<uint16_t> buckets;
-};
 
 // What the host reads about rows that are to come: the first refusal, by row and then by kind; and how many go into each partition.
 struct Coming {
@@ -88,18 +80,6 @@ std::vector<uint32_t> DeviceShard::addresses_in(uint32_t first_bucket, uint32_t 
     if (rows.buckets[i] >= first_bucket && rows.buckets[i] < end_bucket) addresses.push_back(rows.addresses[i]);
   }
   return addresses;
-}
-
-std::vector<uint32_t> DeviceShard::changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) {
-  const Listed rows = list_rows(all, true);
-  const std::vector<uint16_t> range_of = ranges_of_buckets(ends);
-  counts.assign(ends.size(), 0);
-  for (const uint16_t bucket : rows.buckets) ++counts[range_of[bucket]];
-  std::vector<int64_t> next(ends.size(), 0);
-  std::partial_sum(counts.begin(), counts.end() - 1, next.begin() + 1);
-  std::vector<uint32_t> by_range(rows.addresses.size());
-  for (size_t i = 0; i < by_range.size(); ++i) by_range[next[range_of[rows.buckets[i]]]++] = rows.addresses[i];
-  return by_range;
 }
 
 void DeviceShard::widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const {

@@ -47,7 +47,6 @@ struct Starts {
 
 struct StagedRows;
 struct Coming;
-struct Listed;
 
 // Rows that a list of keys gets.
 struct NewRows {
@@ -79,7 +78,7 @@ class DeviceShard final : public StepShard {
   void check() const override;
 
   std::vector<uint32_t> addresses_in(uint32_t first_bucket, uint32_t end_bucket) const override;
-  std::vector<uint32_t> changed(bool all, const std::vector<uint32_t>& ends, std::vector<int64_t>& counts) override;
+  Listed changed(bool all) override { return list_rows(all, true); }
   void widths_at(int64_t n, const uint32_t* addresses, uint8_t* widths) const override;
   void take(int64_t n, const uint32_t* addresses, const HeldRows& out) const override;
   ShardState state() const override;

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -143,18 +144,12 @@ class Saver:
     def _pieces(self, whole: bool, staging_bytes: int) -> list[_Piece]:
         """The rows to be saved, consecutive buckets together up to the size of a file."""
         spec = self.worker.shard.spec
-        most = min(_FILE_BYTES, staging_bytes // 2)
-        ends = list(range(spec.first_bucket + 1, spec.end_bucket + 1))
-        addresses, counts = self.worker.shard.changed(whole, ends)
         row_bytes = _row_bytes(spec)
-        groups: list[list[int]] = []  # first bucket, end bucket, rows
-        for end, count in zip(ends, counts.tolist(), strict=True):
-            if groups and (groups[-1][2] + count) * row_bytes <= most:
-                groups[-1][1], groups[-1][2] = end, groups[-1][2] + count
-            else:
-                groups.append([end - 1, end, count])
-        parts = addresses.split([rows for _, _, rows in groups])
-        return [_Piece(first, end, part, rows * row_bytes) for (first, end, rows), part in zip(groups, parts, strict=True) if rows]
+        addresses, ends, counts = self.worker.shard.changed(whole, min(_FILE_BYTES, staging_bytes // 2) // row_bytes)
+        firsts, parts = [spec.first_bucket, *ends.tolist()], addresses.split(counts.tolist())
+        return [
+            _Piece(first, end, part, len(part) * row_bytes) for (first, end), part in zip(pairwise(firsts), parts, strict=True) if len(part)
+        ]
 
     def _plan(self, base: tuple[str, str] | None, finished: bool, pieces: list[_Piece]) -> _Plan:
         worker = self.worker

@@ -17,6 +17,7 @@ from fiited_ray.store.layout import ShardSpec
 from fiited_ray.store.ops import Bags
 
 ALL_KEYS = 1 << 32  # a quota of this many of 2**32 admits every key
+ALL_ROWS = 2**63 - 1  # no piece has more
 
 
 def backends() -> tuple[str, ...]:
@@ -214,17 +215,18 @@ class VhpiShard:
     def export_rows(self, first_bucket: int = 0, end_bucket: int = 1024) -> Rows:
         return Rows(*self._ops.store_export(self._handle, first_bucket, end_bucket))
 
-    def changed(self, every: bool, ends: list[int]) -> tuple[Tensor, Tensor]:
+    def changed(self, every: bool, most: int = ALL_ROWS) -> tuple[Tensor, Tensor, Tensor]:
         """Where the rows stand that were written or moved since the last call, or all rows; they count as saved from now on.
 
         Args:
-            ends: ends of the ranges of virtual buckets that the rows are told apart by; the last is the shard's end.
+            most: rows in a piece of consecutive virtual buckets; only a single bucket may have more.
 
         Returns:
-            int32 addresses, those of each range together, valid until the next update; and int64 [ranges], how many each has.
+            int32 addresses, piece by piece and within it as the rows stand, valid until the next update; int64 [pieces] each, the
+            bucket before which each ends, and how many rows it has.
         """
-        addresses, counts = self._ops.store_changed(self._handle, every, ends)
-        return addresses, counts
+        addresses, ends, counts = self._ops.store_changed(self._handle, every, most)
+        return addresses, ends, counts
 
     def take(self, addresses: Tensor) -> Rows:
         """A copy of the rows at these addresses as they are held: scaled importance, vectors in the storage dtype."""

@@ -81,7 +81,7 @@ def opened(folder: Path) -> Saved:
 def state_of(worker: Worker) -> dict[str, Any]:
     """Everything that training on depends on, bit for bit."""
     cells, registers = worker.shard.sketch()
-    addresses, _ = worker.shard.changed(True, [worker.shard.spec.end_bucket])
+    addresses, _, _ = worker.shard.changed(True)
     found: dict[str, Any] = {f"rows/{name}": tensor for name, tensor in worker.shard.take(addresses).tensors().items()}
     found |= {f"dense/{name}": tensor for name, tensor in worker.dense.state_dict().items()}
     for number, state in worker.optimizer.state_dict()["state"].items():

@@ -69,7 +69,7 @@ def rows_of(shards: list[VhpiShard]) -> dict[tuple[int, int], tuple[bytes, ...]]
     """Rows by table and id, in bits: width, scaled importance, vector, optimizer state."""
     out = {}
     for shard in shards:
-        rows = shard.take(shard.changed(True, [shard.spec.end_bucket])[0])
+        rows = shard.take(shard.changed(True)[0])
         widths = rows.widths.long()
         values = rows.values.split((widths * shard.spec.chunk).tolist())
         state = rows.state.split(shard.spec.state_sizes()[widths].tolist())

@@ -35,18 +35,18 @@ def test_all_rows_that_changed_in_the_twin_are_given_out_and_sketches_are_equal(
             shard.resize(threshold)
             twin.resize(threshold)
         if random.random() < 0.4:
-            addresses, counts = shard.changed(False, [512, 1024])
+            addresses, ends, counts = shard.changed(False, most=20)
             assert int(counts.sum()) == len(addresses)
             rows = shard.take(addresses)
             ids_given = list(zip(rows.tables.tolist(), rows.raw_ids.tolist(), strict=True))
             keys = {(key_of(raw, table, spec.seed), table) for table, raw in ids_given}
             assert twin.take_changed() <= keys
             buckets = buckets_of(rows.raw_ids.numpy(), rows.tables.numpy(), spec.seed)
-            assert (np.sort(buckets < 512)[::-1] == (buckets < 512)).all()  # ranges one after the other
+            assert_pieces(buckets, ends.tolist(), counts.tolist(), 20)
             parts = rows.values.split((rows.widths.long() * spec.chunk).tolist())
             for address, ident, vector in zip(addresses.tolist(), ids_given, parts, strict=True):
                 held[address] = (*ident, vector.numpy().tobytes())
-            everything, _ = shard.changed(True, [1024])
+            everything, _, _ = shard.changed(True)
             now = shard.take(everything)
             vectors = now.values.split((now.widths.long() * spec.chunk).tolist())
             for address, table, raw, vector in zip(everything.tolist(), now.tables.tolist(), now.raw_ids.tolist(), vectors, strict=True):
@@ -59,13 +59,13 @@ def test_all_rows_that_changed_in_the_twin_are_given_out_and_sketches_are_equal(
 def test_what_was_given_out_is_not_given_out_again_until_it_changes() -> None:
     shard = VhpiShard(make_spec())
     learn(shard, list(range(50)), torch.ones(50, 12), 1)
-    assert len(shard.changed(False, [1024])[0]) == 50
-    assert len(shard.changed(False, [1024])[0]) == 0
+    assert len(shard.changed(False)[0]) == 50
+    assert len(shard.changed(False)[0]) == 0
     learn(shard, [7], torch.ones(1, 12), 2)
-    addresses, counts = shard.changed(False, [1024])
+    addresses, ends, counts = shard.changed(False)
     assert shard.take(addresses).raw_ids.tolist() == [7]
-    assert counts.tolist() == [1]
-    assert len(shard.changed(True, [1024])[0]) == 50
+    assert (ends.tolist(), counts.tolist()) == ([1024], [1])
+    assert len(shard.changed(True)[0]) == 50
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
@@ -76,7 +76,7 @@ def test_rows_come_back_bit_for_bit(optimizer: str, storage: str, placed: bool) 
     shard, again = VhpiShard(spec), VhpiShard(spec)
     learn(shard, list(range(300)), torch.logspace(-3, 3, 300)[:, None].expand(300, 12), 3)
     shard.resize(0.5)
-    addresses, _ = shard.changed(True, [1024])
+    addresses, _, _ = shard.changed(True)
     rows = shard.take(addresses)
     assert len(set(rows.widths.tolist())) == 3
     again.restore(shard.state(), shard.threshold)
@@ -125,7 +125,7 @@ def held() -> tuple[Rows, torch.Tensor]:
     shard = VhpiShard(make_spec(optimizer="adagrad", importance="norm"))
     learn(shard, list(range(300)), torch.logspace(-3, 3, 300)[:, None].expand(300, 12), 1)
     shard.resize(0.005)
-    addresses, _ = shard.changed(True, [1024])
+    addresses, _, _ = shard.changed(True)
     return shard.take(addresses), addresses
 
 
@@ -221,10 +221,34 @@ def test_an_address_without_a_row_is_not_taken() -> None:
             shard.take(torch.tensor([address], dtype=torch.int32, device="cpu"))
 
 
-@pytest.mark.parametrize("ends", [[], [512], [1024, 512], [2048]])
-def test_ranges_that_do_not_end_with_the_shard_are_refused(ends: list[int]) -> None:
-    with pytest.raises(RuntimeError, match="range"):
-        VhpiShard(make_spec()).changed(True, ends)
+def assert_pieces(buckets: np.ndarray, ends: list[int], counts: list[int], most: int) -> None:
+    """Each row is in the piece of its bucket, and no piece has more rows than it may, nor fewer than it can."""
+    assert ends[-1] == 1024
+    assert (np.diff(ends) > 0).all()
+    in_bucket, first, parts = np.bincount(buckets, minlength=1024), 0, np.split(buckets, np.cumsum(counts)[:-1])
+    for at, (end, part) in enumerate(zip(ends, parts, strict=True)):
+        assert ((part >= first) & (part < end)).all()
+        assert len(part) == in_bucket[first:end].sum()
+        assert len(part) <= most or np.count_nonzero(in_bucket[first:end]) == 1
+        assert end == 1024 or len(part) + in_bucket[end] > most
+        first = end
+        assert len(part) > 0 or (at, ends) == (0, [1024])
+
+
+def test_a_bucket_with_more_rows_than_a_piece_may_have_is_a_piece() -> None:
+    shard = VhpiShard(make_spec())
+    ids = torch.arange(60_000)
+    raw = ids[buckets_of(ids.numpy(), np.zeros(len(ids), np.int32), shard.spec.seed) == 700][:30].tolist()
+    learn(shard, [*raw, 1, 2], torch.ones(32, 12), 1)
+    addresses, ends, counts = shard.changed(True, most=10)
+    rows = shard.take(addresses)
+    assert_pieces(buckets_of(rows.raw_ids.numpy(), rows.tables.numpy(), shard.spec.seed), ends.tolist(), counts.tolist(), 10)
+    assert max(counts.tolist()) == 30
+
+
+def test_a_store_without_rows_is_one_piece_without_rows() -> None:
+    addresses, ends, counts = VhpiShard(make_spec()).changed(True, most=1)
+    assert (addresses.numel(), ends.tolist(), counts.tolist()) == (0, [1024], [0])
 
 
 def test_buckets_of_ids_are_those_of_their_keys() -> None:
