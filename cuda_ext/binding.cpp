@@ -9,6 +9,7 @@
 #include "cpu/interaction.h"
 #include "cpu/parallel.h"
 #include "cpu/shard.h"
+#include "cpu/sockets.h"
 
 namespace {
 
@@ -334,6 +335,43 @@ std::tuple<Tensor, Tensor> interact_backward(Tensor grad_out, std::optional<Tens
   return {grad_below, grad_vectors};
 }
 
+// ---- exchange ------------------------------------------------------------------------------------------------------------
+
+// Part `rank` of `rows`, in bytes, goes to this process itself, the others through their sockets.
+void all_to_all(std::vector<int64_t> sockets, int64_t rank, Tensor out, Tensor rows, std::vector<int64_t> send,
+                std::vector<int64_t> receive, int64_t operation, double timeout) {
+  const auto sums_to = [](const std::vector<int64_t>& parts, const Tensor& tensor) {
+    int64_t sum = 0;
+    for (const int64_t part : parts) {
+      REQUIRE(part >= 0, "a part of an exchange has " + std::to_string(part) + " bytes");
+      sum += part;
+    }
+    return sum == tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  };
+  REQUIRE(rows.is_contiguous() && out.is_contiguous(), "what is exchanged must be contiguous");
+  REQUIRE(send.size() == sockets.size() && receive.size() == sockets.size() && rank >= 0 && rank < static_cast<int64_t>(sockets.size()),
+          "an exchange needs a socket and two sizes for each worker");
+  REQUIRE(sums_to(send, rows) && sums_to(receive, out), "the parts of an exchange are not all of what is exchanged");
+  REQUIRE(send[rank] == receive[rank], "what a worker keeps of an exchange changes its size");
+  const auto* from = static_cast<const std::byte*>(rows.const_data_ptr());
+  auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
+  std::vector<fiited::Flow> flows;
+  const std::byte* kept = nullptr;
+  std::byte* place = nullptr;
+  for (size_t peer = 0; peer < sockets.size(); ++peer) {
+    if (static_cast<int64_t>(peer) == rank) {
+      kept = from;
+      place = to;
+    } else {
+      flows.push_back({static_cast<int>(sockets[peer]), static_cast<int>(peer), from, send[peer], to, receive[peer]});
+    }
+    from += send[peer];
+    to += receive[peer];
+  }
+  fiited::all_to_all(flows, static_cast<uint64_t>(operation), timeout);
+  if (send[rank] > 0) std::memcpy(place, kept, send[rank]);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fiited, m) {
@@ -343,6 +381,7 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("cross_ids(Tensor left, Tensor right, int seed) -> Tensor");
   m.def("interact(Tensor? below, Tensor vectors, int columns) -> Tensor");
   m.def("interact_backward(Tensor grad_out, Tensor? below, Tensor vectors) -> (Tensor, Tensor)");
+  m.def("all_to_all(int[] sockets, int rank, Tensor(a!) out, Tensor rows, int[] send, int[] receive, int operation, float timeout) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fiited, CompositeExplicitAutograd, m) {
@@ -368,4 +407,5 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("interact_backward", TORCH_BOX(&interact_backward));
   m.impl("hash_strings", TORCH_BOX(&hash_strings));
   m.impl("cross_ids", TORCH_BOX(&cross_ids));
+  m.impl("all_to_all", TORCH_BOX(&all_to_all));
 }

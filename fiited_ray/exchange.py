@@ -1,13 +1,16 @@
-"""What workers tell each other in a step: all-to-all of rows of tensors, over a process group or, for one worker, over nothing."""
+"""What workers tell each other in a step: all-to-all of rows of tensors, and sums; for one worker, over nothing."""
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fiited_ray.sockets import Peers
 
 
 class Exchange(Protocol):
@@ -45,11 +48,11 @@ class Solo:
 
 
 class Group:
-    """Workers of a torch.distributed process group (gloo for CPU tensors, NCCL for CUDA ones).
+    """Workers of a torch.distributed process group: CUDA tensors go by it (NCCL), those on CPUs by sockets of our own.
 
     Args:
         group: a group of its own, so that its operations cannot cross those of the dense parameters.
-        timeout: an operation that takes longer is an error.
+        timeout: an operation that takes longer is an error; None: half an hour, which is torch's own.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta | None = None) -> None:
@@ -58,15 +61,24 @@ class Group:
         self.rank = dist.get_rank(group)
         self.workers = dist.get_world_size(group)
         self.bytes_sent = 0
+        self._peers = Peers(group, (timeout or dist.default_pg_timeout).total_seconds())
 
     def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
-        elsewhere = sum(send) - send[self.rank]
-        self.bytes_sent += elsewhere * rows.element_size() * (rows[0].numel() if rows.dim() > 1 and len(rows) else 1)
+        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+        if rows.device.type == "cpu":
+            self._peers.all_to_all(out, rows.contiguous(), [row_bytes * each for each in send], [row_bytes * each for each in receive])
+        else:
+            dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
+        self.bytes_sent += (sum(send) - send[self.rank]) * row_bytes
         return out
 
     def all_reduce(self, values: Tensor) -> Tensor:
+        if values.device.type == "cpu":  # sums are small: all send all, and each adds in the order of ranks
+            all_values = torch.empty((self.workers, *values.shape), dtype=values.dtype)
+            parts = [values.element_size() * values.numel()] * self.workers
+            self._peers.all_to_all(all_values, values.expand_as(all_values).contiguous(), parts, parts)
+            return all_values.sum(0, dtype=values.dtype)
         out = values.clone()
         dist.all_reduce(out, group=self.group)
         return out

@@ -31,7 +31,7 @@ from fiited_ray.train.stopping import STOPPED, StopOnSignal
 from fiited_ray.train.worker import work
 
 _POLL_SECONDS = 1.0
-_LOST_CONNECTION = re.compile(r"gloo|nccl|connection (closed|reset|refused)", re.IGNORECASE)
+_LOST_CONNECTION = re.compile(r"exchange with worker|gloo|nccl|connection (closed|reset|refused)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
