@@ -3,7 +3,7 @@
     python benchmarks/scaling.py --json docs/scaling.json [--parts train wire coordinator constants] [--plots docs/plots]
 
 Synthetic data. Real Ray on one machine: up to four raylets ("nodes", by Ray's cluster utilities), the workers spread evenly over them,
-our exchange between the workers, the real coordinator actor. More workers than cores take turns, so the wall time of a step cannot fall here:
+sockets between the workers, the real coordinator actor. More workers than cores take turns, so the wall time of a step cannot fall here:
 CPU seconds a sample, of all workers together, say what distribution costs. Batches are collated beforehand; reading is measured by
 itself. Parts write their key of the JSON and leave the others as they are.
 """
