@@ -356,12 +356,9 @@ void all_to_all(std::vector<int64_t> sockets, int64_t rank, Tensor out, Tensor r
   const auto* from = static_cast<const std::byte*>(rows.const_data_ptr());
   auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
   std::vector<fiited::Flow> flows;
-  const std::byte* kept = nullptr;
-  std::byte* place = nullptr;
   for (size_t peer = 0; peer < sockets.size(); ++peer) {
     if (static_cast<int64_t>(peer) == rank) {
-      kept = from;
-      place = to;
+      std::copy_n(from, send[rank], to);
     } else {
       flows.push_back({static_cast<int>(sockets[peer]), static_cast<int>(peer), from, send[peer], to, receive[peer]});
     }
@@ -369,7 +366,6 @@ void all_to_all(std::vector<int64_t> sockets, int64_t rank, Tensor out, Tensor r
     to += receive[peer];
   }
   fiited::all_to_all(flows, static_cast<uint64_t>(operation), timeout);
-  if (send[rank] > 0) std::memcpy(place, kept, send[rank]);
 }
 
 }  // namespace
