@@ -78,7 +78,7 @@ def kernels(name: str, *flags: str) -> Extension:
         libraries=["torch_cpu"],  # already loaded by `import torch`, so no path to it is written into the file
         define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI)],
         extra_compile_args=[
-            *("-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"),
+            *("-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"),
             *flags,
         ],
         language="c++",

@@ -29,7 +29,7 @@ FIITED_HD float rowwise_rate(float state, const StepConstants& c) { return c.lr 
 
 // Value `i` of a vector of `n`. `rate` is rowwise_rate's.
 template <class Store, Optimizer kind>
-FIITED_HD void learn_value(typename Store::Bits* vector, float* state, int i, int n, float g, float rate, uint64_t key,
+FIITED_HD void learn_value(typename Store::Bits* vector, float* state, int64_t i, int64_t n, float g, float rate, uint64_t key,
                            const StepConstants& c) {
   float change;
   if constexpr (kind == Optimizer::kSgd) {

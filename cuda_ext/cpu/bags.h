@@ -79,13 +79,13 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
       Real* __restrict to = out + (first * bags.features + static_cast<int64_t>(bag)) * dim;
       int written = 0;
       for (int32_t i = starts[bag]; i < starts[bag + 1]; ++i) {
-        if (i % ahead == 0) fetch(i + ahead);
+        if ((i & (ahead - 1)) == 0) fetch(i + ahead);
         const auto* __restrict from = vectors[i].at;
         const int live = vectors[i].live;
         const Real factor = scaled ? factors[i] : Real(1);
         const int both = std::min(written, live);
-        for_each_dim(both, [&](int d) { to[d] += factor * Store::to_float(from[d]); });
-        for_each_dim(live - both, [&](int d) { to[both + d] = factor * Store::to_float(from[both + d]); });
+        for_each_dim(both, [&](int64_t d) { to[d] += factor * Store::to_float(from[d]); });
+        for_each_dim(live - both, [&](int64_t d) { to[both + d] = factor * Store::to_float(from[both + d]); });
         written = std::max(written, live);
       }
       std::fill_n(to + written, dim - written, Real(0));
@@ -170,18 +170,18 @@ class BagGradients {
   }
   // Lookups are fetched in blocks: whoever reaches the first of a block fetches the next one.
   [[gnu::always_inline]] void fetch_after(int32_t at) const {
-    if (at % ahead_ == 0) fetch(at + ahead_, at + 2 * ahead_);
+    if ((at & (ahead_ - 1)) == 0) fetch(at + ahead_, at + 2 * ahead_);
   }
 
   // The live dimensions and, behind them, the others folded into one chunk; `to` may be `g`.
   void fold(const Real* g, int live, Real* to) const {
     if (g != to) copy(live, g, to);
     Real* const folded = to + live;
-    for_each_dim(chunk_, [&](int i) { folded[i] = static_cast<Real>(signs_[live + i]) * g[live + i]; });
+    for_each_dim(chunk_, [&](int64_t i) { folded[i] = static_cast<Real>(signs_[live + i]) * g[live + i]; });
     for (int dim = live + chunk_; dim < dim_; dim += chunk_) {
       const Real* const more = g + dim;
       const float* const signs = signs_.data() + dim;
-      for_each_dim(chunk_, [&](int i) { folded[i] += static_cast<Real>(signs[i]) * more[i]; });
+      for_each_dim(chunk_, [&](int64_t i) { folded[i] += static_cast<Real>(signs[i]) * more[i]; });
     }
   }
 

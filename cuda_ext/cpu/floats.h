@@ -5,39 +5,44 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace fiited {
 
-// visit(i) for i in [0, n): eight at a time, then the rest.
+// visit(i) for i in [0, n): eight at a time, then the rest. What a visit writes, no other one reads.
 template <class Visit>
-inline void for_each_dim(int n, Visit&& visit) {
-  int i = 0;
+[[gnu::always_inline]] inline void for_each_dim(int64_t n, Visit&& visit) {
+  int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) visit(i + lane);
+#pragma omp simd
+    for (int64_t lane = 0; lane < 8; ++lane) visit(i + lane);
   }
   for (; i < n; ++i) visit(i);
 }
 
 template <class Real>
 inline void copy(int n, const Real* __restrict from, Real* __restrict to) {
-  for_each_dim(n, [&](int i) { to[i] = from[i]; });
+  for_each_dim(n, [&](int64_t i) { to[i] = from[i]; });
 }
 
 template <class Real>
 inline void add(int n, const Real* __restrict from, Real* __restrict to) {
-  for_each_dim(n, [&](int i) { to[i] += from[i]; });
+  for_each_dim(n, [&](int64_t i) { to[i] += from[i]; });
 }
 
 template <class Real>
 inline void add_scaled(int n, Real factor, const Real* __restrict from, Real* __restrict to) {
-  for_each_dim(n, [&](int i) { to[i] += factor * from[i]; });
+  for_each_dim(n, [&](int64_t i) { to[i] += factor * from[i]; });
 }
 
 inline float sum_of_squares(int n, const float* x) {
-  float lanes[8] = {};
+  using Eight = float __attribute__((vector_size(32)));
+  Eight lanes{};
   int i = 0;
   for (; i + 8 <= n; i += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += x[i + lane] * x[i + lane];
+    Eight eight;
+    std::memcpy(&eight, x + i, sizeof(eight));
+    lanes += eight * eight;
   }
   float sum = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
   for (; i < n; ++i) sum += x[i] * x[i];
@@ -48,7 +53,7 @@ inline float sum_of_squares(int n, const float* x) {
 // each prefetch stands between the work on two rows. More than a core can have under way at a time make it wait.
 constexpr int64_t kInFlight = 8;
 
-// The same for rows of many bytes.
+// The same for rows of many bytes; a power of two, too.
 constexpr int32_t ahead_of(size_t row_bytes) {
   int32_t rows = kInFlight;
   while (rows > 2 && rows * row_bytes > 2048) rows /= 2;

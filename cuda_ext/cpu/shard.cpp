@@ -170,7 +170,7 @@ class ShardOf final : public ShardRows {
   }
   static void read_vector(const std::byte* row, int live, float* out) {
     const auto* vector = vector_of(row);
-    for_each_dim(live, [&](int i) { out[i] = Store::to_float(vector[i]); });
+    for_each_dim(live, [&](int64_t i) { out[i] = Store::to_float(vector[i]); });
   }
 
   void initialise(std::byte* row, int width, int from_dim, uint64_t key, uint16_t table, double scale) {
@@ -309,7 +309,7 @@ class ShardOf final : public ShardRows {
       gradients.start(begin);
       fetch(begin);
       for (int64_t i = begin; i < end; ++i) {
-        if ((i - begin) % ahead == 0) fetch(i + ahead);
+        if (((i - begin) & (ahead - 1)) == 0) fetch(i + ahead);
         const uint32_t address = rows.addresses[i];
         const auto key = static_cast<uint64_t>(rows.keys[i]);
         const int width = rows.widths[i];
