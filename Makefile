@@ -12,6 +12,8 @@ SHELL := /bin/bash
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
+# What pip would do on one core. A few files of some packages are templates and no Python: pip passes over them, too.
+compile = $(bin)/python -m compileall -qq -j 0 $$($(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || true
 kernels := $(wildcard cuda_ext/*.cpp cuda_ext/*/*.cpp cuda_ext/*/*.cu)
 headers := $(wildcard cuda_ext/*.h cuda_ext/*/*.h)
 
@@ -84,7 +86,8 @@ $(VENV)/.dependencies: pyproject.toml requirements.lock | $(VENV)/.python
 	@echo "==> installing dependencies: some minutes the first time, for PyTorch and Ray are large"
 	@$(call requirements,$(run_needs)) > $(VENV)/requirements.txt
 	@sed -e '/--hash=/d' -e 's/ \\$$//' requirements.lock > $(VENV)/constraints.txt
-	@$(pip) install --quiet --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
+	@$(pip) install --quiet --no-compile --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
+	@$(compile)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies setup.py $(kernels) $(headers)
