@@ -10,6 +10,7 @@ else: the same CUDA sources for the CPU, which the tests run.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import platform
@@ -55,30 +56,25 @@ class BuildKernels(build_ext):
         compiler = self.compiler.compiler_cxx[0]
         if shutil.which(compiler) is None:
             raise SystemExit(f"fiited-ray: no C++ compiler ({compiler}): install one that knows C++20 (g++ 12 or clang 15), or set CXX")
+        compile_all = self.compiler.compile
+
+        def side_by_side(sources: list[str], **options: Any) -> list[str]:
+            longest_first = sorted(sources, key=os.path.getsize, reverse=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [made for each in pool.map(lambda source: compile_all([source], **options), longest_first) for made in each]
+
+        self.compiler.compile = side_by_side
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         torch = torch_folder()
         ext.include_dirs += [str(torch / "include")]
         ext.library_dirs += [str(torch / "lib")]
-        folder = Path(self.build_temp) / ext.name  # the libraries are built of the same sources: each needs objects of its own
+        apart = copy.copy(self)  # the libraries are built side by side, of the same sources: each needs objects of its own
+        apart.build_temp = str(Path(self.build_temp) / ext.name)
         if ext.name.endswith("_cuda"):
-            ext.extra_objects += nvcc_module().compile_all(nvcc, folder)
-
-        def compiled(source: str) -> list[str]:
-            return self.compiler.compile(
-                [source],
-                output_dir=str(folder),
-                macros=ext.define_macros,
-                include_dirs=ext.include_dirs,
-                extra_postargs=ext.extra_compile_args,
-            )
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for objects in pool.map(compiled, sorted(ext.sources, key=os.path.getsize, reverse=True)):
-                ext.extra_objects += objects
-        ext.sources = []  # all that is left is to link
-        super().build_extension(ext)
+            ext.extra_objects += nvcc_module().compile_all(nvcc, Path(apart.build_temp))
+        super(BuildKernels, apart).build_extension(ext)
 
 
 # The same results in vector code of any width. Square roots set no errno and both sides of a choice may be computed, or loops stay scalar.

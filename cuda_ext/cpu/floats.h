@@ -9,7 +9,8 @@
 
 namespace fiited {
 
-// visit(i) for i in [0, n): eight at a time, then the rest. What a visit writes, no other one reads.
+// visit(i) for i in [0, n): eight at a time, then the rest. What a visit writes, no other one reads. Indices have 64 bits:
+// an int might wrap, for all that the compiler knows, and would keep loads and stores apart.
 template <class Visit>
 [[gnu::always_inline]] inline void for_each_dim(int64_t n, Visit&& visit) {
   int64_t i = 0;
