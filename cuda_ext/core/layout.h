@@ -33,6 +33,7 @@ struct RowLayout {
   int value_bytes;
   Optimizer optimizer;
 
+  FIITED_HD int dim() const { return chunk * chunks; }
   FIITED_HD int vector_bytes(int width) const { return width * chunk * value_bytes; }
   FIITED_HD int state_offset(int width) const { return static_cast<int>(sizeof(RowHeader)) + ((vector_bytes(width) + 3) & ~3); }
   FIITED_HD int state_bytes(int width) const {

@@ -72,12 +72,12 @@ FIITED_HD uint32_t matching_slots(const Line& line, uint8_t tag) {
   const __m128i tags = _mm_load_si128(reinterpret_cast<const __m128i*>(line.tag));
   return static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(tags, _mm_set1_epi8(static_cast<char>(tag))))) & 0xFFFu;
 #else
+  uint32_t words[4];  // the tags and what follows, in one load where there are such loads
+  memcpy(words, __builtin_assume_aligned(&line, sizeof(Line)), sizeof(words));
   uint32_t found = 0;
   for (int word = 0; word < kSlots / 4; ++word) {
-    uint32_t four;
-    memcpy(&four, line.tag + 4 * word, 4);
     // The four high bits, gathered into one nibble.
-    found |= ((equal_bytes(four, tag) >> 7) * 0x00204081u >> 21 & 0xFu) << (4 * word);
+    found |= ((equal_bytes(words[word], tag) >> 7) * 0x00204081u >> 21 & 0xFu) << (4 * word);
   }
   return found;
 #endif

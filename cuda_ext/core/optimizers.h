@@ -27,9 +27,9 @@ inline StepConstants step_constants(double lr, double eps, double beta1, double 
 // The rate at which a row of row-wise Adagrad learns, its state already raised by the mean of squares.
 FIITED_HD float rowwise_rate(float state, const StepConstants& c) { return c.lr / (std::sqrt(state) + c.eps); }
 
-// Value `i` of a vector of `n`. `rate` is rowwise_rate's.
+// One value of a vector, dimension `dim`, and its state: Adagrad's sum or Adam's two moments. `rate` is rowwise_rate's.
 template <class Store, Optimizer kind>
-FIITED_HD void learn_value(typename Store::Bits* vector, float* state, int64_t i, int64_t n, float g, float rate, uint64_t key,
+FIITED_HD void learn_value(typename Store::Bits& value, float& first, float& second, uint32_t dim, float g, float rate, uint64_t key,
                            const StepConstants& c) {
   float change;
   if constexpr (kind == Optimizer::kSgd) {
@@ -37,17 +37,15 @@ FIITED_HD void learn_value(typename Store::Bits* vector, float* state, int64_t i
   } else if constexpr (kind == Optimizer::kRowwiseAdagrad) {
     change = rate * g;
   } else if constexpr (kind == Optimizer::kAdagrad) {
-    state[i] += g * g;
-    change = c.lr * g / (std::sqrt(state[i]) + c.eps);
+    first += g * g;
+    change = c.lr * g / (std::sqrt(first) + c.eps);
   } else {
-    float& m = state[i];
-    float& s = state[n + i];
-    m += (1.0f - c.beta1) * (g - m);
-    s += (1.0f - c.beta2) * (g * g - s);
-    change = c.lr * (m / c.correction1) / (std::sqrt(s / c.correction2) + c.eps);
+    first += (1.0f - c.beta1) * (g - first);
+    second += (1.0f - c.beta2) * (g * g - second);
+    change = c.lr * (first / c.correction1) / (std::sqrt(second / c.correction2) + c.eps);
   }
-  const uint32_t random = Store::kRounds ? rounding_bits(key, static_cast<uint64_t>(c.step), static_cast<uint32_t>(i)) : 0u;
-  vector[i] = Store::from_float(Store::to_float(vector[i]) - change, random);
+  const uint32_t random = Store::kRounds ? rounding_bits(key, static_cast<uint64_t>(c.step), dim) : 0u;
+  value = Store::from_float(Store::to_float(value) - change, random);
 }
 
 }  // namespace fiited

@@ -17,7 +17,8 @@ inline void apply(std::byte* vector, std::byte* state_bytes, const float* __rest
     state[0] += sum_of_squares / static_cast<float>(n);
     rate = rowwise_rate(state[0], c);
   }
-  for_each_dim(n, [&](int64_t i) { learn_value<Store, kind>(v, state, i, live, g[i], rate, key, c); });
+  for_each_dim(n,
+               [&](int64_t i) { learn_value<Store, kind>(v[i], state[i], state[live + i], static_cast<uint32_t>(i), g[i], rate, key, c); });
 }
 
 }  // namespace fiited

@@ -1,8 +1,8 @@
 // Bad input, as kernels find it: they leave it out, and note the first position of each kind for the host's next look.
 #pragma once
 
-#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -30,7 +30,9 @@ enum class Fault : int {
 
 struct Faults {
   int64_t first[static_cast<int>(Fault::kCount)];
+  int64_t table, id;  // of kInfinite's; a table below 0: nobody has looked yet
 };
+constexpr int kFaultWords = sizeof(Faults) / sizeof(int64_t);
 
 FIITED_DEVICE void note(Faults* faults, Fault kind, int64_t position) { atomic_min(&faults->first[static_cast<int>(kind)], position); }
 
@@ -39,10 +41,9 @@ constexpr int64_t kNoFault = std::numeric_limits<int64_t>::max();
 inline void clear_faults(Stream stream, Faults* faults) {
   Faults none;
   for (int64_t& first : none.first) first = kNoFault;
+  none.table = -1;
   upload(stream, faults, &none, 1);
 }
-
-inline int64_t first_of(const Faults& faults, Fault kind) { return faults.first[static_cast<int>(kind)]; }
 
 // The device's own faults, kept as long as the process: every operation notes into them.
 inline Faults* device_faults(Stream stream) {
@@ -71,7 +72,9 @@ inline void throw_if_any(Stream stream, const Faults& faults) {
       case Fault::kForeignKey: message = "key " + number + " belongs to another shard"; break;
       case Fault::kNoTable: message = "the table of key " + number + " does not exist"; break;
       case Fault::kMoved: message = "row " + number + " was resized or moved since its lookup; look up again after a round"; break;
-      case Fault::kInfinite: message = "the gradient of row " + number + " is not finite"; break;
+      case Fault::kInfinite:
+        message = "the gradient of table " + std::to_string(faults.table) + ", id " + std::to_string(faults.id) + " is not finite";
+        break;
       case Fault::kTake: message = "take " + number + " is out of range"; break;
       case Fault::kTarget: message = "target " + number + " is out of range"; break;
       case Fault::kRow: message = "lookup " + number + " names a row that is not there"; break;
@@ -101,7 +104,7 @@ inline bool checks_at_once() {
 inline void told_faults(Stream stream, int64_t* to) { copy_on_device(stream, to, device_faults(stream), sizeof(Faults)); }
 inline void throw_if_told(Stream stream, const int64_t* told) {
   Faults faults;
-  std::copy_n(told, static_cast<int>(Fault::kCount), faults.first);
+  std::memcpy(&faults, told, sizeof(Faults));
   throw_if_any(stream, faults);
 }
 

@@ -11,6 +11,31 @@
 
 namespace fiited::device {
 
+// Partitions that are rebuilt together.
+constexpr int kTogether = 32;
+struct Rebuilt {
+  Part old, fresh;
+  int64_t first_line, first_slot;  // among the new lines, and the old slots, of all
+};
+struct RebuiltTogether {
+  Rebuilt at[kTogether];
+  int count = 0;
+
+  // The last that begins at `number` or before.
+  FIITED_DEVICE int find(int64_t number, int64_t Rebuilt::* first) const {
+    int low = 0;
+    for (int high = count - 1; low < high;) {
+      const int middle = (low + high + 1) / 2;
+      if (at[middle].*first <= number) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+};
+
 class DeviceIndex {
  public:
   DeviceIndex(Stream stream, Memory& ledger, int partitions_log2)
@@ -33,9 +58,10 @@ class DeviceIndex {
       if (more[p] == 0) continue;
       Part& part = parts_[p];
       const uint32_t lines = grown_lines(part.size, uint64_t{part.count} + more[p]);
-      if (lines > part.size) rebuild(stream, view, part, lines);
+      if (lines > part.size) rebuild_soon(stream, view, part, lines);
       part.count += more[p];
     }
+    rebuild(stream, view);
     show(stream);
   }
 
@@ -48,32 +74,64 @@ class DeviceIndex {
       if (lines == 0) {
         give(stream, part);
       } else if (lines < part.size) {
-        rebuild(stream, view, part, lines);
+        rebuild_soon(stream, view, part, lines);
       }
     }
+    rebuild(stream, view);
     show(stream);
   }
 
-  // Of the two above; nvcc wants kernels' lambdas in public functions.
-  void rebuild(Stream stream, const View& view, Part& part, uint32_t lines) {
+  // Takes the memory for a partition's new lines, and fills them when several have come together: one by one would keep the device waiting,
+  // all at once would take the index's memory twice.
+  void rebuild_soon(Stream stream, const View& view, Part& part, uint32_t lines) {
     const size_t bytes = lines * sizeof(Line);
-    if (!ledger_.charge(static_cast<int64_t>(Memory::rounded(bytes)))) throw std::runtime_error("fiited: the index has outgrown its plan");
+    const auto charged = static_cast<int64_t>(Memory::rounded(bytes));
+    if (coming_.count == kTogether) rebuild(stream, view);
+    if (!ledger_.charge(charged)) {
+      rebuild(stream, view);  // which gives some back
+      if (!ledger_.charge(charged)) throw std::runtime_error("fiited: the index has outgrown its plan");
+    }
     auto* fresh = static_cast<Line*>(allocate(stream, bytes));
     if (fresh == nullptr) throw std::runtime_error("fiited: the device has no memory left for the index");
-    set_bytes(stream, fresh, 0, bytes);
-    line_bytes_ += static_cast<int64_t>(Memory::rounded(bytes));
-    Part larger;
-    larger.lines = fresh;
-    larger.size = lines;
-    larger.count = part.count;
-    const Part old = part;
-    launch(stream, int64_t{old.size} * kSlots, [view, old, larger] FIITED_KERNEL(int64_t at) {
-      const Line& line = old.lines[at / kSlots];
-      const uint32_t address = line.address[at % kSlots];
-      if (line.tag[at % kSlots]) put_in_part(larger, view.header(address).key, address);
+    line_bytes_ += charged;
+    Rebuilt& next = coming_.at[coming_.count];
+    next.old = part;
+    next.fresh.lines = fresh;
+    next.fresh.size = lines;
+    of_coming_[coming_.count++] = &part;
+  }
+
+  // Of those that have come together; nvcc wants kernels' lambdas in public functions.
+  void rebuild(Stream stream, const View& view) {
+    if (coming_.count == 0) return;
+    int64_t lines = 0;
+    int64_t slots = 0;
+    for (int at = 0; at < coming_.count; ++at) {
+      coming_.at[at].first_line = lines;
+      coming_.at[at].first_slot = slots;
+      lines += coming_.at[at].fresh.size;
+      slots += int64_t{coming_.at[at].old.size} * kSlots;
+    }
+    launch(stream, lines, [all = coming_] FIITED_KERNEL(int64_t at) {
+      const Rebuilt& one = all.at[all.find(at, &Rebuilt::first_line)];
+      one.fresh.lines[at - one.first_line] = Line{};
     });
-    give(stream, part);
-    part = larger;
+    launch(stream, slots, [view, all = coming_] FIITED_KERNEL(int64_t at) {
+      const Rebuilt& one = all.at[all.find(at, &Rebuilt::first_slot)];
+      const int64_t slot = at - one.first_slot;
+      const Line& line = one.old.lines[slot / kSlots];
+      const uint32_t address = line.address[slot % kSlots];
+      if (line.tag[slot % kSlots]) put_in_part(one.fresh, view.header(address).key, address);
+    });
+    for (int at = 0; at < coming_.count; ++at) {
+      Part& part = *of_coming_[at];
+      const uint32_t count = part.count;
+      Part old = coming_.at[at].old;
+      give(stream, old);
+      part = coming_.at[at].fresh;
+      part.count = count;
+    }
+    coming_.count = 0;
   }
 
  private:
@@ -96,6 +154,8 @@ class DeviceIndex {
   Scratch<Part> on_device_;
   Stream last_stream_;
   int64_t line_bytes_ = 0;
+  RebuiltTogether coming_;
+  Part* of_coming_[kTogether];
 };
 
 }  // namespace fiited::device

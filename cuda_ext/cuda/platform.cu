@@ -2,6 +2,7 @@
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <set>
 
@@ -63,6 +64,35 @@ void* allocate(Stream stream, size_t bytes) {
 
 void release(Stream stream, void* block) {
   if (block != nullptr) cudaFreeAsync(block, stream);
+}
+
+namespace {
+
+// A thread's own: pinned memory, to which the device copies by itself, and an event for each device.
+struct ReadingPlace {
+  static constexpr size_t kBytes = 64 * 1024;
+  void* page = nullptr;
+  std::map<int, cudaEvent_t> events;
+};
+thread_local ReadingPlace reading_place;
+
+}  // namespace
+
+Reading::Reading(Stream stream, const void* device, size_t bytes) {
+  ReadingPlace& place = reading_place;
+  if (bytes > ReadingPlace::kBytes) throw std::runtime_error("fiited: " + std::to_string(bytes) + " bytes are too many for one reading");
+  if (place.page == nullptr) require(cudaHostAlloc(&place.page, ReadingPlace::kBytes, cudaHostAllocPortable), "cudaHostAlloc");
+  cudaEvent_t& event = place.events[current_device()];
+  if (event == nullptr) require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+  require(cudaMemcpyAsync(place.page, device, bytes, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync");
+  require(cudaEventRecord(event, stream), "cudaEventRecord");
+  page_ = place.page;
+  done_ = event;
+}
+
+const void* Reading::wait() const {
+  require(cudaEventSynchronize(done_), "cudaEventSynchronize");
+  return page_;
 }
 
 Reservation::Reservation(size_t bytes) {

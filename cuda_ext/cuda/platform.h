@@ -42,6 +42,17 @@ void read_back(Stream stream, const T* device, T* host, int64_t count) {
   copy_to_host(stream, host, device, count * sizeof(T));
 }
 
+// A few values, read while the device goes on with what follows.
+template <class T>
+class ReadAhead {
+ public:
+  ReadAhead(Stream stream, const T* device, int64_t count) : reading_(stream, device, count * sizeof(T)) { reads_by_host += 1; }
+  const T* wait() const { return static_cast<const T*>(reading_.wait()); }
+
+ private:
+  Reading reading_;
+};
+
 template <class T>
 std::vector<T> read_back(Stream stream, const T* device, int64_t count) {
   std::vector<T> host(count);
@@ -51,9 +62,7 @@ std::vector<T> read_back(Stream stream, const T* device, int64_t count) {
 
 template <class T>
 T read_one(Stream stream, const T* device) {
-  T host;
-  read_back(stream, device, &host, 1);
-  return host;
+  return *ReadAhead<T>(stream, device, 1).wait();
 }
 
 template <class T>

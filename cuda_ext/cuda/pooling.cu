@@ -68,7 +68,6 @@ template <class Real>
 void pool_backward(void* at, const Bags& bags, int64_t n, const Real* grad_out, int64_t rows, const int64_t* starts, const uint8_t* widths,
                    bool fold, Real* grad_values) {
   const auto stream = static_cast<Stream>(at);
-  check_offsets(stream, bags, n);
   const BagOrder<Real> order(stream, bags, n, grad_out, rows);
   const int chunk = bags.chunk;
   const int dim = bags.dim();
@@ -76,19 +75,19 @@ void pool_backward(void* at, const Bags& bags, int64_t n, const Real* grad_out, 
     const int live = widths[row] * chunk;
     return fold || live > dim ? dim : live;
   });
-  launch_tiles(stream, rows, dim * static_cast<int>(sizeof(Real) / sizeof(float)),
-               [widths, fold, chunk, dim, starts, grad_values, first = order.starts(), source = order.source(),
-                sums = groups.view()] FIITED_KERNEL(int64_t row, const Tile& tile) {
-                 const int whole = (fold ? whole_chunks(widths[row]) : widths[row]) * chunk;
-                 const int live = whole < dim ? whole : dim;
-                 const bool folds = fold && has_folded_chunk(widths[row], dim / chunk);
-                 auto* const sum = reinterpret_cast<Real*>(tile.scratch);
-                 sums.sum(tile, source, row, first[row], first[row + 1], folds ? dim : live, sum);
-                 tile.sync();
-                 Real* const to = grad_values + starts[row];
-                 tile.each(live, [&](int i) { to[i] = sum[i]; });
-                 if (folds) tile.each(chunk, [&](int i) { to[live + i] = folded(sum, live, chunk, dim, i); });
-               });
+  launch_tiles<kBlocksThatSum>(stream, rows, dim, dim * static_cast<int>(sizeof(Real) / sizeof(float)),
+                               [signs = FoldSigns(), widths, fold, chunk, dim, starts, grad_values, first = order.starts(),
+                                source = order.source(), sums = groups.view()] FIITED_KERNEL(int64_t row, const Tile& tile) {
+                                 const int whole = (fold ? whole_chunks(widths[row]) : widths[row]) * chunk;
+                                 const int live = whole < dim ? whole : dim;
+                                 const bool folds = fold && has_folded_chunk(widths[row], dim / chunk);
+                                 auto* const sum = reinterpret_cast<Real*>(tile.scratch);
+                                 sums.add_up(tile, source, sums.items_of(row, first[row], first[row + 1]), folds ? dim : live, sum);
+                                 tile.sync();
+                                 Real* const to = grad_values + starts[row];
+                                 tile.each(live, [&](int i) { to[i] = sum[i]; });
+                                 if (folds) tile.each(chunk, [&](int i) { to[live + i] = folded(signs, sum, live, chunk, dim, i); });
+                               });
   check_faults(stream);
 }
 
@@ -96,15 +95,15 @@ template <class Real>
 void pool_weights_backward(void* at, const Bags& bags, int64_t n, const Real* grad_out, int64_t rows, const Real* values, int64_t size,
                            const uint8_t* widths, Real* grad_weights) {
   const auto stream = static_cast<Stream>(at);
-  check_offsets(stream, bags, n);
   const Scratch<int64_t> starts(stream, rows + 1);
   find_row_starts(stream, rows, widths, bags.chunk, bags.chunks, false, starts.get());
   check_size(stream, rows, starts.get(), size);
   const PlainRows<Real> vectors{values, starts.get(), size};
   Faults* const faults = device_faults(stream);
+  check_bags(stream, bags, n);
   launch(stream, bags.features * bags.batch, [bags, n, rows, grad_out, vectors, faults, grad_weights] FIITED_KERNEL(int64_t bag) {
-    const auto of = BagOrder<Real>::lookups_of(bags, n, bag);
-    const Real* const grad = grad_out + (bag % bags.batch * bags.features + bag / bags.batch) * bags.dim();
+    const Lookups of = lookups_of(bags, n, bag, faults);
+    const Real* const grad = grad_out + int64_t{out_row_of(bags, bag)} * bags.dim();
     for (int64_t i = of.begin; i < of.end; ++i) {
       const int32_t row = bags.inverse[i];
       const bool there = row >= 0 && row < rows;
@@ -120,11 +119,12 @@ void pool_weights_backward(void* at, const Bags& bags, int64_t n, const Real* gr
 
 void lookup_norms(void* at, const Bags& bags, int64_t n, const float* grad_out, int64_t rows, float* norms) {
   const auto stream = static_cast<Stream>(at);
-  check_offsets(stream, bags, n);
   const BagOrder<float> order(stream, bags, n, grad_out, rows);
   const Scratch<float> norm_of(stream, n);
-  launch_tiles(stream, n, 0,
-               [dim = bags.dim(), source = order.source(), norm_of = norm_of.get()] FIITED_KERNEL(int64_t at, const Tile& tile) {
+  launch_tiles(stream, n, bags.dim(), 0,
+               [dim = bags.dim(), rows, starts = order.starts(), source = order.source(), norm_of = norm_of.get()] FIITED_KERNEL(
+                   int64_t at, const Tile& tile) {
+                 if (at >= starts[rows]) return;  // of no row
                  const float* const g = source.gradient(at);
                  const float squares = tile.sum(dim, [&](int i) { return g[i] * g[i]; });
                  tile.once([&] { norm_of[at] = std::fabs(source.factor(at)) * std::sqrt(squares); });

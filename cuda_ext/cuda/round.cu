@@ -7,7 +7,7 @@ namespace fiited::device {
 
 namespace {
 
-constexpr uint32_t kMostInWave = 1u << 20;  // rows looked at together
+constexpr uint32_t kMostInWave = 1u << 22;  // rows looked at together
 
 // Visiting order of a wave: its last row first.
 FIITED_DEVICE uint32_t address_in_wave(const View& view, int width, uint32_t end, int64_t number) {
@@ -61,21 +61,21 @@ bool DeviceShard::change_rows(int width, bool growing, uint32_t begin, uint32_t 
   const int chunks = layout_.chunks;
   const auto stays = static_cast<uint32_t>(chunks + 1);
   const Scratch<uint32_t> goals(stream_, n);
-  const Scratch<uint32_t> sorted(stream_, n);
   const Scratch<int32_t> numbers(stream_, n);
-  const Scratch<int32_t> order(stream_, n);
-  const Scratch<int64_t> more(stream_, n);  // bytes that a row is worth beyond what it takes
   clear_board();
-  launch(stream_, n,
-         [view, width, growing, end, stays, goals = goals.get(), numbers = numbers.get(), more = more.get()] FIITED_KERNEL(int64_t number) {
-           const int wanted = view.wanted_width(view.header(address_in_wave(view, width, end, number)).importance);
-           goals[number] = (growing ? wanted > width : wanted < width) ? static_cast<uint32_t>(wanted) : stays;
-           more[number] = wanted > width ? view.layout.stride(wanted) - view.layout.stride(width) : 0;
-           numbers[number] = static_cast<int32_t>(number);
-         });
-  launch_sum(stream_, n, &board->growth, [more = more.get()] FIITED_KERNEL(int64_t number) { return more[number]; });
+  const auto goal_of = [view, width, growing, end, stays, goals = goals.get(), numbers = numbers.get()] FIITED_KERNEL(int64_t number) {
+    const int wanted = view.wanted_width(view.header(address_in_wave(view, width, end, number)).importance);
+    goals[number] = (growing ? wanted > width : wanted < width) ? static_cast<uint32_t>(wanted) : stays;
+    numbers[number] = static_cast<int32_t>(number);
+    return std::array<int64_t, 1>{wanted > width ? view.layout.stride(wanted) - view.layout.stride(width) : 0};  // bytes it is worth more
+  };
+  launch_sums<1>(stream_, n, &board->growth, goal_of);
   if (growing) {
+    const Scratch<int64_t> more(stream_, n);
     const Scratch<int64_t> before(stream_, n);
+    launch(stream_, n, [view, width, stays, goals = goals.get(), more = more.get()] FIITED_KERNEL(int64_t number) {
+      more[number] = goals[number] == stays ? 0 : view.layout.stride(static_cast<int>(goals[number])) - view.layout.stride(width);
+    });
     exclusive_scan(stream_, n, more.get(), before.get());
     launch(stream_, n,
            [room = room(), board, stays, goals = goals.get(), more = more.get(), before = before.get()] FIITED_KERNEL(int64_t number) {
@@ -87,7 +87,6 @@ bool DeviceShard::change_rows(int width, bool growing, uint32_t begin, uint32_t 
   launch_tally(
       stream_, n, kMostChunks + 2, [goals = goals.get()] FIITED_KERNEL(int64_t number) { return static_cast<int>(goals[number]); },
       [board] FIITED_KERNEL(int bin, uint32_t count) { atomic_add(board->by_width + bin, count); });
-  sort_pairs(stream_, n, goals.get(), sorted.get(), numbers.get(), order.get(), bits_for(stays));
   const Board told = read_board();
   pools_.give_back();  // what earlier waves have left
 
@@ -104,6 +103,9 @@ bool DeviceShard::change_rows(int width, bool growing, uint32_t begin, uint32_t 
   const int64_t evicted = told.by_width[0];
   const int64_t leaving = n - told.by_width[stays];
   if (leaving == 0) return true;
+  const Scratch<uint32_t> sorted(stream_, n);
+  const Scratch<int32_t> order(stream_, n);
+  sort_pairs(stream_, n, goals.get(), sorted.get(), numbers.get(), order.get(), bits_for(stays));
   with_storage(config_.storage, [&](auto stored) {
     move_rows<decltype(stored)>(view, width, end, evicted, leaving - evicted, sorted.get(), order.get(), starts);
   });
@@ -125,37 +127,41 @@ bool DeviceShard::change_rows(int width, bool growing, uint32_t begin, uint32_t 
 template <class Stored>
 void DeviceShard::move_rows(const View& view, int width, uint32_t end, int64_t first, int64_t count, const uint32_t* goals,
                             const int32_t* order, const Starts& starts) const {
-  launch_tiles(stream_, count, 0, [view, width, end, first, goals, order, starts] FIITED_KERNEL(int64_t item, const Tile& tile) {
-    const int64_t at = first + item;
-    const int goal = static_cast<int>(goals[at]);
-    const uint32_t from = address_in_wave(view, width, end, order[at]);
-    const uint32_t to = view.addresses.of(goal, view.counts[goal - 1] + static_cast<uint32_t>(at) - starts.first[goal]);
-    const std::byte* const source = view.row(from);
-    std::byte* const target = view.row(to);
-    RowHeader header = *reinterpret_cast<const RowHeader*>(source);
-    header.mark = Mark::kChanged;
-    const int chunk = view.layout.chunk;
-    const int kept = (goal < width ? goal : width) * chunk;
-    tile.once([&] {
-      *reinterpret_cast<RowHeader*>(target) = header;
-      view.move(header.key, from, to);
-      int64_t* const rows_by = view.rows_by + int64_t{header.table} * view.layout.chunks - 1;
-      atomic_add(rows_by + width, int64_t{-1});
-      atomic_add(rows_by + goal, int64_t{1});
-    });
-    const auto* const old_vector = reinterpret_cast<const typename Stored::Bits*>(source + sizeof(RowHeader));
-    auto* const new_vector = reinterpret_cast<typename Stored::Bits*>(target + sizeof(RowHeader));
-    tile.map(kept, [&](int i) { return old_vector[i]; }, [&](int i, auto x) { new_vector[i] = x; });
-    initialise<Stored>(tile, view, target, kept, goal, header.key, header.table, view.restore_scale);
-    const float* const old_state = view.state(from);
-    float* const new_state = view.state(to);
-    if (view.layout.optimizer == Optimizer::kRowwiseAdagrad) tile.once([&] { new_state[0] = old_state[0]; });
-    for (int moment = 0; moment < view.layout.moments(); ++moment) {
-      const float* const was = old_state + moment * width * chunk;
-      float* const is = new_state + moment * goal * chunk;
-      tile.each(goal * chunk, [&](int i) { is[i] = i < kept ? was[i] : 0.0f; });
-    }
+  launch(stream_, count, [view, width, end, first, goals, order] FIITED_KERNEL(int64_t item) {
+    const int table = view.header(address_in_wave(view, width, end, order[first + item])).table;
+    int64_t* const rows_by = view.rows_by + int64_t{table} * view.layout.chunks - 1;
+    add_together(rows_by + width, -1);
+    add_together(rows_by + goals[first + item], 1);
   });
+  launch_tiles(stream_, count, layout_.dim(), 0,
+               [view, width, end, first, goals, order, starts] FIITED_KERNEL(int64_t item, const Tile& tile) {
+                 const int64_t at = first + item;
+                 const int goal = static_cast<int>(goals[at]);
+                 const uint32_t from = address_in_wave(view, width, end, order[at]);
+                 const uint32_t to = view.addresses.of(goal, view.counts[goal - 1] + static_cast<uint32_t>(at) - starts.first[goal]);
+                 const std::byte* const source = view.row(from);
+                 std::byte* const target = view.row(to);
+                 RowHeader header = *reinterpret_cast<const RowHeader*>(source);
+                 header.mark = Mark::kChanged;
+                 const int chunk = view.layout.chunk;
+                 const int kept = (goal < width ? goal : width) * chunk;
+                 tile.once([&] {
+                   *reinterpret_cast<RowHeader*>(target) = header;
+                   view.move(header.key, from, to);
+                 });
+                 const auto* const old_vector = reinterpret_cast<const typename Stored::Bits*>(source + sizeof(RowHeader));
+                 auto* const new_vector = reinterpret_cast<typename Stored::Bits*>(target + sizeof(RowHeader));
+                 tile.map(kept, [&](int i) { return old_vector[i]; }, [&](int i, auto x) { new_vector[i] = x; });
+                 initialise<Stored>(tile, view, target, kept, goal, header.key, header.table, view.restore_scale);
+                 const float* const old_state = view.state(from);
+                 float* const new_state = view.state(to);
+                 if (view.layout.optimizer == Optimizer::kRowwiseAdagrad) tile.once([&] { new_state[0] = old_state[0]; });
+                 for (int moment = 0; moment < view.layout.moments(); ++moment) {
+                   const float* const was = old_state + moment * width * chunk;
+                   float* const is = new_state + moment * goal * chunk;
+                   tile.each(goal * chunk, [&](int i) { is[i] = i < kept ? was[i] : 0.0f; });
+                 }
+               });
 }
 
 // The first `count` rows of `order` leave the index; the sketch remembers their importance, set by set.
@@ -169,7 +175,7 @@ void DeviceShard::evict_rows(const View& view, int width, uint32_t end, int64_t 
     const RowHeader header = view.header(address);
     set_of[at] = sketch_set_of(header.key, view.first_bucket, view.sets_per_bucket);
     view.erase(header.key, address);
-    atomic_add(view.rows_by + int64_t{header.table} * view.layout.chunks + width - 1, int64_t{-1});
+    add_together(view.rows_by + int64_t{header.table} * view.layout.chunks + width - 1, -1);
   });
   const int64_t sets = int64_t{config_.buckets()} * config_.sketch_sets;
   sort_pairs(stream_, count, set_of.get(), sorted.get(), order, by_set.get(), bits_for(static_cast<uint64_t>(sets)));
@@ -215,7 +221,7 @@ void DeviceShard::fill_holes(const View& view, int width, uint32_t begin, uint32
          [left, filler = filler.get(), filler_rank = filler_rank.get(), filler_at = filler_at.get()] FIITED_KERNEL(int64_t at) {
            if (filler[at]) filler_at[filler_rank[at]] = left + static_cast<uint32_t>(at);
          });
-  launch_tiles(stream_, wave, 0,
+  launch_tiles(stream_, wave, layout_.dim(), 0,
                [view, width, begin, hole = hole.get(), hole_rank = hole_rank.get(), filler_at = filler_at.get()] FIITED_KERNEL(
                    int64_t at, const Tile& tile) {
                  if (!hole[at]) return;

@@ -102,7 +102,7 @@ void DeviceShard::take(int64_t n, const uint32_t* addresses, const HeldRows& out
 template <class Stored>
 void DeviceShard::gather_rows(int64_t n, const uint32_t* addresses, const StagedRows& staged) const {
   const View view = this->view();
-  launch_tiles(stream_, n, 0, [view, seed = config_.seed, addresses, staged] FIITED_KERNEL(int64_t i, const Tile& tile) {
+  launch_tiles(stream_, n, layout_.dim(), 0, [view, seed = config_.seed, addresses, staged] FIITED_KERNEL(int64_t i, const Tile& tile) {
     const uint32_t address = addresses[i];
     const std::byte* const row = view.row(address);
     const int width = view.addresses.width(address);
@@ -257,7 +257,7 @@ void DeviceShard::inspect_rows(int64_t n, const StagedRows& staged, uint64_t* ke
       }
     });
   }
-  launch_tiles(stream_, n, 0, [view, staged, coming] FIITED_KERNEL(int64_t i, const Tile& tile) {
+  launch_tiles(stream_, n, layout_.dim(), 0, [view, staged, coming] FIITED_KERNEL(int64_t i, const Tile& tile) {
     const int width = staged.rows.widths[i];
     const auto* const vector = static_cast<const typename Stored::Bits*>(staged.rows.values) + staged.value_starts[i];
     const float* const state = staged.rows.state + staged.state_starts[i];
@@ -277,7 +277,7 @@ void DeviceShard::inspect_rows(int64_t n, const StagedRows& staged, uint64_t* ke
 template <class Stored>
 void DeviceShard::scatter_rows(int64_t n, const StagedRows& staged, const uint64_t* keys, const uint32_t* addresses) const {
   const View view = this->view();
-  launch_tiles(stream_, n, 0, [view, staged, keys, addresses] FIITED_KERNEL(int64_t i, const Tile& tile) {
+  launch_tiles(stream_, n, layout_.dim(), 0, [view, staged, keys, addresses] FIITED_KERNEL(int64_t i, const Tile& tile) {
     const uint32_t address = addresses[i];
     const int width = view.addresses.width(address);
     std::byte* const row = view.row(address);
@@ -285,7 +285,7 @@ void DeviceShard::scatter_rows(int64_t n, const StagedRows& staged, const uint64
       const auto table = static_cast<uint16_t>(staged.rows.tables[i]);
       *reinterpret_cast<RowHeader*>(row) = RowHeader{keys[i], staged.rows.importance[i], table, Mark::kPlaced};
       view.put(keys[i], address);
-      atomic_add(view.rows_by + int64_t{table} * view.layout.chunks + width - 1, int64_t{1});
+      add_together(view.rows_by + int64_t{table} * view.layout.chunks + width - 1, 1);
     });
     auto* const vector = reinterpret_cast<typename Stored::Bits*>(row + sizeof(RowHeader));
     float* const state = view.state(address);

@@ -69,10 +69,7 @@ View DeviceShard::view() const {
   return view;
 }
 
-void DeviceShard::clear_board() const {
-  set_bytes(stream_, board_.get(), 0, offsetof(Board, lookups));
-  launch(stream_, 1, [board = board_.get()] FIITED_KERNEL(int64_t) { board->full_from = kNoFault; });
-}
+void DeviceShard::clear_board() const { set_bytes(stream_, board_.get(), 0, offsetof(Board, lookups)); }
 
 // The host's one look at a step.
 Board DeviceShard::read_board() const {
@@ -87,7 +84,7 @@ void DeviceShard::lookup(int64_t n, const int64_t* keys, const int32_t* tables, 
   const View view = this->view();
   Board* const board = board_.get();
   Faults* const faults = device_faults(stream_);
-  launch(stream_, n, [view, board, faults, keys, tables, training, addresses, widths] FIITED_KERNEL(int64_t i) {
+  const auto find = [view, board, faults, keys, tables, counts, training, addresses, widths] FIITED_KERNEL(int64_t i) {
     const auto key = static_cast<uint64_t>(keys[i]);
     const bool belongs = view.belongs(key);
     const bool table_there = tables[i] >= 0 && tables[i] < view.tables;
@@ -96,51 +93,62 @@ void DeviceShard::lookup(int64_t n, const int64_t* keys, const int32_t* tables, 
     const uint32_t address = belongs && table_there ? view.find(key, tables[i]) : kAbsent;
     addresses[i] = address;
     widths[i] = address == kAbsent ? 0 : static_cast<uint8_t>(view.addresses.width(address));
-    if (!training || !belongs) return;
-    const DistinctMark mark = distinct_mark(key, static_cast<uint32_t>(tables[i]), view.first_bucket);
-    uint32_t* const word = board->distinct + mark.place / 4;
-    const int shift = mark.place % 4 * 8;
-    for (uint32_t now = read_shared(word); (now >> shift & 0xFF) < mark.rank;) {
-      const uint32_t before = atomic_cas(word, now, (now & ~(0xFFu << shift)) | uint32_t{mark.rank} << shift);
-      if (before == now) break;
-      now = before;
+    const int64_t count = training ? counts[i] : 0;
+    if (training && belongs) {
+      const DistinctMark mark = distinct_mark(key, static_cast<uint32_t>(tables[i]), view.first_bucket);
+      uint32_t* const word = board->distinct + mark.place / 4;
+      const int shift = mark.place % 4 * 8;
+      for (uint32_t now = *word; (now >> shift & 0xFF) < mark.rank;) {  // what it was a while ago will do, for it only rises
+        const uint32_t before = atomic_cas(word, now, (now & ~(0xFFu << shift)) | uint32_t{mark.rank} << shift);
+        if (before == now) break;
+        now = before;
+      }
     }
-  });
-  if (!training) return check_faults(stream_);
+    return std::array<int64_t, 3>{address == kAbsent, count, address == kAbsent ? 0 : count};
+  };
+  if (!training) {
+    launch(stream_, n, find);
+    return check_faults(stream_);
+  }
+  clear_board();
   stale_ = true;
-  launch_sum(stream_, n, &board->lookups, [counts] FIITED_KERNEL(int64_t i) { return int64_t{counts[i]}; });
-  launch_sum(stream_, n, &board->hits,
-             [counts, addresses] FIITED_KERNEL(int64_t i) { return addresses[i] == kAbsent ? int64_t{0} : int64_t{counts[i]}; });
+  launch_sums<3>(stream_, n, &board->asked, find);  // and lookups and hits
   if (threshold_ != 0.0) return check_faults(stream_);
 
   // Every absent key is worth a row of full width, as long as there is room.
-  clear_board();
+  const Board found = read_board();
+  throw_if_any(stream_, found.faults);
+  if (found.asked > 0) admit_absent(n, keys, tables, found.asked, step, quota, addresses, widths);
+}
+
+void DeviceShard::admit_absent(int64_t n, const int64_t* keys, const int32_t* tables, int64_t absent, int64_t step, uint64_t quota,
+                               uint32_t* addresses, uint8_t* widths) {
+  const View view = this->view();
+  Board* const board = board_.get();
   const Scratch<int64_t> wants(stream_, n);
   const Scratch<int64_t> rank(stream_, n);
   const Scratch<int32_t> chosen(stream_, n);
-  launch(stream_, n, [view, keys, tables, addresses, step, quota, wants = wants.get()] FIITED_KERNEL(int64_t i) {
-    const auto key = static_cast<uint64_t>(keys[i]);
-    wants[i] = addresses[i] == kAbsent && view.belongs(key) && tables[i] >= 0 && tables[i] < view.tables && let_in(key, step, quota);
+  launch(stream_, n, [view, keys, addresses, step, quota, wants = wants.get()] FIITED_KERNEL(int64_t i) {
+    wants[i] = addresses[i] == kAbsent && let_in(static_cast<uint64_t>(keys[i]), step, quota);
   });
   exclusive_scan(stream_, n, wants.get(), rank.get());
   const int64_t most = room() == Memory::kUnlimited ? n : std::max<int64_t>(0, room() / row_bytes_[layout_.chunks]);
-  launch_sum(stream_, n, &board->asked, [addresses] FIITED_KERNEL(int64_t i) { return int64_t{addresses[i] == kAbsent}; });
-  launch_sum(stream_, n, &board->granted,
-             [most, wants = wants.get(), rank = rank.get()] FIITED_KERNEL(int64_t i) { return int64_t{wants[i] && rank[i] < most}; });
+  launch_sums<1>(stream_, n, &board->granted,
+                 [most, wants = wants.get(), rank = rank.get(), chosen = chosen.get()] FIITED_KERNEL(int64_t i) {
+                   const bool granted = wants[i] && rank[i] < most;
+                   if (granted) chosen[rank[i]] = static_cast<int32_t>(i);
+                   return std::array<int64_t, 1>{granted};
+                 });
   launch_tally(
       stream_, n, index_.partitions(),
       [view, keys, most, wants = wants.get(), rank = rank.get()] FIITED_KERNEL(int64_t i) {
         return wants[i] && rank[i] < most ? view.part_number(static_cast<uint64_t>(keys[i])) : -1;
       },
       [board] FIITED_KERNEL(int bin, uint32_t count) { atomic_add(board->by_part + bin, count); });
-  launch(stream_, n, [wants = wants.get(), rank = rank.get(), chosen = chosen.get()] FIITED_KERNEL(int64_t i) {
-    if (wants[i]) chosen[rank[i]] = static_cast<int32_t>(i);
-  });
   Board told = read_board();
-  throw_if_any(stream_, told.faults);
   told.by_width[layout_.chunks] = static_cast<uint32_t>(told.granted);
-  counted_.asked_bytes += told.asked * row_bytes_[layout_.chunks];
-  counted_.refused += told.asked - told.granted;
+  counted_.asked_bytes += absent * row_bytes_[layout_.chunks];
+  counted_.refused += absent - told.granted;
   admit({told.granted, chosen.get(), reinterpret_cast<const uint64_t*>(keys), tables, nullptr, nullptr, addresses, widths}, told);
 }
 
@@ -168,7 +176,7 @@ void DeviceShard::admit(const NewRows& rows, const Board& board) {
 
 template <class Stored>
 void DeviceShard::fill(const NewRows& rows, const View& view, const Starts& starts) const {
-  launch_tiles(stream_, rows.count, 0, [rows, view, starts] FIITED_KERNEL(int64_t at, const Tile& tile) {
+  launch_tiles(stream_, rows.count, layout_.dim(), 0, [rows, view, starts] FIITED_KERNEL(int64_t at, const Tile& tile) {
     const int32_t i = rows.chosen[at];
     const int width = rows.widths ? rows.widths[i] : view.layout.chunks;
     const uint32_t address = view.addresses.of(width, view.counts[width - 1] + static_cast<uint32_t>(at) - starts.first[width]);
@@ -179,7 +187,7 @@ void DeviceShard::fill(const NewRows& rows, const View& view, const Starts& star
       *reinterpret_cast<RowHeader*>(row) =
           RowHeader{key, rows.importance ? rows.importance[i] : 0.0f, static_cast<uint16_t>(table), Mark::kChanged};
       view.put(key, address);
-      atomic_add(view.rows_by + int64_t{table} * view.layout.chunks + width - 1, int64_t{1});
+      add_together(view.rows_by + int64_t{table} * view.layout.chunks + width - 1, 1);
       rows.addresses[i] = address;
       if (rows.found_widths) rows.found_widths[i] = static_cast<uint8_t>(width);
     });
@@ -204,10 +212,10 @@ int64_t DeviceShard::read_starts(int64_t n, int64_t rows, const int32_t* take, c
     sizes[i] = i < n && there && view.fits(addresses[row], widths[row]) ? int64_t{widths[row]} * view.layout.chunk : 0;
   });
   exclusive_scan(stream_, n + 1, sizes.get(), starts);
-  const Scratch<int64_t> told(stream_, 1 + static_cast<int64_t>(Fault::kCount));
+  const Scratch<int64_t> told(stream_, 1 + kFaultWords);
   copy_on_device(stream_, told.get(), starts + n, sizeof(int64_t));
   told_faults(stream_, told.get() + 1);
-  const std::vector<int64_t> answer = read_back(stream_, told.get(), 1 + static_cast<int64_t>(Fault::kCount));
+  const std::vector<int64_t> answer = read_back(stream_, told.get(), 1 + kFaultWords);
   throw_if_told(stream_, answer.data() + 1);
   return answer[0];
 }
@@ -224,28 +232,32 @@ VectorAt<Stored> FIITED_DEVICE vector_at(const View& view, uint32_t address) {
 template <class Stored>
 void copy_vectors(Stream stream, const View& view, int64_t n, const int32_t* take, const uint32_t* addresses, const int64_t* starts,
                   float* values) {
-  launch_tiles(stream, n, 0, [view, take, addresses, starts, values] FIITED_KERNEL(int64_t i, const Tile& tile) {
+  launch_tiles(stream, n, view.layout.dim(), 0, [view, take, addresses, starts, values] FIITED_KERNEL(int64_t i, const Tile& tile) {
     const VectorAt<Stored> vector = vector_at<Stored>(view, addresses[take ? take[i] : i]);
     float* const to = values + starts[i];
     tile.map(vector.live, [&](int d) { return vector.at[d]; }, [&](int d, auto x) { to[d] = Stored::to_float(x); });
   });
 }
 
-// The vector of a lookup's row, of width 0 where the row has moved since.
+// The vector of a lookup's row; noted, and of width 0, where the row has moved since.
 template <class Stored>
 struct StoredRows {
   View view;
   const uint32_t* addresses;
   const uint8_t* widths;
+  Faults* faults;
   FIITED_DEVICE VectorAt<Stored> operator()(int64_t row) const {
-    return vector_at<Stored>(view, view.fits(addresses[row], widths[row]) ? addresses[row] : kAbsent);
+    const uint32_t address = addresses[row];
+    const bool fits = view.fits(address, widths[row]);
+    if (!fits) note(faults, Fault::kMoved, row);
+    return vector_at<Stored>(view, fits ? address : kAbsent);
   }
 };
 
 template <class Stored>
 void pool_stored(Stream stream, const View& view, const Bags& bags, int64_t n, int64_t rows, const uint32_t* addresses,
                  const uint8_t* widths, float* out) {
-  pool_bags<float, Stored>(stream, bags, n, rows, StoredRows<Stored>{view, addresses, widths}, out);
+  pool_bags<float, Stored>(stream, bags, n, rows, StoredRows<Stored>{view, addresses, widths, device_faults(stream)}, out);
 }
 
 }  // namespace
@@ -257,10 +269,6 @@ void DeviceShard::read(int64_t n, const int32_t* take, const uint32_t* addresses
 
 void DeviceShard::pool(const Bags& bags, int64_t n, int64_t rows, const uint32_t* addresses, const uint8_t* widths, float* out) const {
   const View view = this->view();
-  Faults* const faults = device_faults(stream_);
-  launch(stream_, rows, [view, addresses, widths, faults] FIITED_KERNEL(int64_t row) {
-    if (!view.fits(addresses[row], widths[row])) note(faults, Fault::kMoved, row);
-  });
   with_storage(config_.storage, [&](auto stored) { pool_stored<decltype(stored)>(stream_, view, bags, n, rows, addresses, widths, out); });
   check_faults(stream_);
 }
@@ -308,7 +316,7 @@ void DeviceShard::check() const {
       const RowHeader header = view.header(address);
       if (view.find(header.key, header.table) != address) atomic_min(wrong, int64_t{address});
       if (!(header.importance >= 0)) atomic_min(wrong + 1, int64_t{address});
-      atomic_add(rows_by + int64_t{header.table} * view.layout.chunks + width - 1, int64_t{1});
+      add_together(rows_by + int64_t{header.table} * view.layout.chunks + width - 1, 1);
     });
     planned += pools_.count(width) * row_bytes_[width];
   }

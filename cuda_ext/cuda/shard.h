@@ -26,16 +26,14 @@ struct Board {
   // Of one operation, which clears them first.
   uint32_t by_width[kMostChunks + 2];
   uint32_t by_part[kMostParts];
-  int64_t asked;  // absent keys worth a row
-  int64_t asked_bytes;
-  int64_t granted;  // of them, given one
-  int64_t refused;
-  int64_t growth;     // bytes that rows which stay are worth more
-  int64_t full_from;  // first position for which there is no room
-  int64_t stop;       // not 0: the input is too short to be read
-  // Since the store was made.
-  int64_t lookups;
-  int64_t hits;
+  int64_t growth;                // bytes that rows which stay are worth more
+  int64_t full_from;             // first position for which there is no room
+  int64_t stop;                  // not 0: the input is too short to be read
+  int64_t granted;               // rows
+  int64_t asked_bytes, refused;  // of absent keys worth a row
+  int64_t asked;                 // absent keys
+  // Since the store was made; `asked` comes before them because lookups count all three.
+  int64_t lookups, hits;
   uint32_t distinct[kBuckets];  // registers, four in a word
   Faults faults;                // a copy, for the host's read
 };
@@ -101,6 +99,8 @@ class DeviceShard final : public StepShard {
   void clear_board() const;
   Board read_board() const;
   void admit(const NewRows& rows, const Board& board);
+  void admit_absent(int64_t n, const int64_t* keys, const int32_t* tables, int64_t absent, int64_t step, uint64_t quota,
+                    uint32_t* addresses, uint8_t* widths);
   template <class Stored>
   void fill(const NewRows& rows, const View& view, const Starts& starts) const;
   void advance(int64_t step);
@@ -114,7 +114,7 @@ class DeviceShard final : public StepShard {
   template <class Stored, class Source>
   void learn_first(const Update& rows, const Source& source, const int32_t* starts, const GroupSums<float>& groups, int64_t count,
                    const int32_t* chosen, const uint32_t* addresses) const;
-  void throw_infinite(const Update& rows, int64_t at) const;
+  void name_infinite(const Update& rows) const;
   void change_width(int width, bool growing);
   bool change_rows(int width, bool growing, uint32_t begin, uint32_t end);
   template <class Stored>

@@ -54,15 +54,23 @@ void DeviceShard::update(const Update& rows, const float* gradients, int64_t arr
     board->stop = 1;
   });
   std::unique_ptr<Groups> groups;
-  if (target != nullptr) groups = std::make_unique<Groups>(stream_, arrivals, target, rows.n, Fault::kTarget);
-  const WireSource source{gradients, starts_of.get(), groups ? groups->order() : nullptr};
+  if (target != nullptr) {
+    const Scratch<uint32_t> row_of(stream_, arrivals);
+    const Scratch<int32_t> positions(stream_, arrivals);
+    launch(stream_, arrivals, [rows, target, row_of = row_of.get(), positions = positions.get()] FIITED_KERNEL(int64_t i) {
+      const bool there = target[i] >= 0 && target[i] < rows.n;
+      row_of[i] = static_cast<uint32_t>(there ? target[i] : rows.n);
+      positions[i] = static_cast<int32_t>(i);
+    });
+    groups = std::make_unique<Groups>(stream_, arrivals, row_of.get(), positions.get(), rows.n);
+  }
+  const WireSource source{gradients, starts_of.get(), groups ? groups->sorted() : nullptr};
   // As many arrivals for one row as there are workers: more than are summed at once only where there are very many.
   std::unique_ptr<GroupSummer<float>> sums;
   GroupSums<float> view{};
-  const int dim = layout_.chunks * layout_.chunk;
-  if (groups && arrivals > kSummedTogether) {
+  if (groups) {
     sums = std::make_unique<GroupSummer<float>>(
-        stream_, rows.n, groups->starts(), arrivals, dim, source,
+        stream_, rows.n, groups->starts(), arrivals, layout_.dim(), source,
         [widths = rows.widths, layout = layout_, board = board_.get()] FIITED_KERNEL(int64_t row) {
           return board->stop ? 0
                              : static_cast<int>(
@@ -76,7 +84,6 @@ void DeviceShard::update(const Update& rows, const float* gradients, int64_t arr
 void DeviceShard::update_pooled(const Update& rows, const Bags& bags, int64_t n, const float* grad_out) {
   advance(rows.step);
   clear_board();
-  check_offsets(stream_, bags, n);
   const BagOrder<float> order(stream_, bags, n, grad_out, rows.n);
   const GroupSummer<float> sums(stream_, rows.n, order.starts(), n, bags.dim(), order.source(),
                                 [dim = bags.dim()] FIITED_KERNEL(int64_t) { return dim; });
@@ -90,44 +97,75 @@ void DeviceShard::update_rows(const Update& rows, const Source& source, const in
   }
   const Scratch<float> gains(stream_, rows.n);  // of importance, for the keys without a row; negative for the others
   with_storage(config_.storage, [&](auto stored) { learn<decltype(stored), Source>(rows, source, starts, groups, gains.get()); });
-  if (threshold_ != 0.0) {
-    win_rows(rows, source, starts, groups, gains.get());
-  } else {  // rows are then given out at lookup: there is nothing to read but faults
-    const Board told = read_board();
-    if (first_of(told.faults, Fault::kInfinite) != kNoFault) throw_infinite(rows, first_of(told.faults, Fault::kInfinite));
-    throw_if_any(stream_, told.faults);
-  }
+  name_infinite(rows);
+  if (threshold_ != 0.0) return win_rows(rows, source, starts, groups, gains.get());
+  check_faults(stream_);  // rows are then given out at lookup: there is nothing else to read
 }
 
-// One value of a row's vector and its state.
+// Keeps the id of the first gradient that was not finite, for whoever throws that.
+void DeviceShard::name_infinite(const Update& rows) const {
+  launch(stream_, 1, [rows, seed = config_.seed, faults = device_faults(stream_)] FIITED_KERNEL(int64_t) {
+    const int64_t at = faults->first[static_cast<int>(Fault::kInfinite)];
+    if (at == kNoFault || faults->table >= 0) return;
+    faults->table = rows.tables[at];
+    faults->id =
+        static_cast<int64_t>(raw_id_of(static_cast<uint64_t>(rows.keys[at]), table_salt(seed, static_cast<uint32_t>(faults->table))));
+  });
+}
+
+// One value of a row and its state, as loaded.
 template <class Stored>
-FIITED_DEVICE void learn_by(Optimizer optimizer, typename Stored::Bits* vector, float* state, int i, int n, float g, float rate,
-                            uint64_t key, const StepConstants& constants) {
-  switch (optimizer) {
-    case Optimizer::kSgd: return learn_value<Stored, Optimizer::kSgd>(vector, state, i, n, g, rate, key, constants);
-    case Optimizer::kAdagrad: return learn_value<Stored, Optimizer::kAdagrad>(vector, state, i, n, g, rate, key, constants);
-    case Optimizer::kRowwiseAdagrad: return learn_value<Stored, Optimizer::kRowwiseAdagrad>(vector, state, i, n, g, rate, key, constants);
-    case Optimizer::kAdam: return learn_value<Stored, Optimizer::kAdam>(vector, state, i, n, g, rate, key, constants);
-  }
+struct Learning {
+  typename Stored::Bits value;
+  float first, second;
+};
+
+// The first `n` of a row's `live` values: their gradient.
+template <class Stored, Optimizer kind>
+FIITED_DEVICE void learn_values(const Tile& tile, typename Stored::Bits* vector, float* state, const float* g, int n, int live, float rate,
+                                uint64_t key, const StepConstants& constants) {
+  constexpr int kMoments = kind == Optimizer::kAdam ? 2 : kind == Optimizer::kAdagrad ? 1 : 0;
+  tile.map(
+      n, [&](int d) { return Learning<Stored>{vector[d], kMoments > 0 ? state[d] : 0.0f, kMoments > 1 ? state[live + d] : 0.0f}; },
+      [&](int d, Learning<Stored> at) {
+        learn_value<Stored, kind>(at.value, at.first, at.second, static_cast<uint32_t>(d), g[d], rate, key, constants);
+        vector[d] = at.value;
+        if (kMoments > 0) state[d] = at.first;
+        if (kMoments > 1) state[live + d] = at.second;
+      });
 }
 
 // The first `n` of a row's values, mostly all: their gradient and its sum of squares.
 template <class Stored>
-FIITED_DEVICE void learn_row(const View& view, const Tile& tile, uint32_t address, uint64_t key, const float* g, int n, float squares,
-                             const StepConstants& constants) {
-  auto* const vector = reinterpret_cast<typename Stored::Bits*>(view.row(address) + sizeof(RowHeader));
-  float* const state = view.state(address);
-  const int live = view.addresses.width(address) * view.layout.chunk;
-  const Optimizer optimizer = view.layout.optimizer;
-  float rate = 0;
-  if (optimizer == Optimizer::kRowwiseAdagrad) {
-    const float raised = state[0] + squares / static_cast<float>(n);
-    rate = rowwise_rate(raised, constants);
-    tile.sync();  // all lanes have read it
-    tile.once([&] { state[0] = raised; });
+FIITED_DEVICE void learn_row(const RowLayout& layout, const Tile& tile, std::byte* row, int width, uint64_t key, const float* g, int n,
+                             float squares, const StepConstants& constants) {
+  auto* const vector = reinterpret_cast<typename Stored::Bits*>(row + sizeof(RowHeader));
+  auto* const state = reinterpret_cast<float*>(row + layout.state_offset(width));
+  const int live = width * layout.chunk;
+  switch (layout.optimizer) {
+    case Optimizer::kSgd: return learn_values<Stored, Optimizer::kSgd>(tile, vector, state, g, n, live, 0, key, constants);
+    case Optimizer::kAdagrad: return learn_values<Stored, Optimizer::kAdagrad>(tile, vector, state, g, n, live, 0, key, constants);
+    case Optimizer::kAdam: return learn_values<Stored, Optimizer::kAdam>(tile, vector, state, g, n, live, 0, key, constants);
+    case Optimizer::kRowwiseAdagrad: {
+      const float raised = state[0] + squares / static_cast<float>(n);
+      tile.sync();  // all lanes have read it
+      tile.once([&] { state[0] = raised; });
+      const float rate = rowwise_rate(raised, constants);
+      return learn_values<Stored, Optimizer::kRowwiseAdagrad>(tile, vector, state, g, n, live, rate, key, constants);
+    }
   }
-  tile.each(n, [&](int d) { learn_by<Stored>(optimizer, vector, state, d, live, g[d], rate, key, constants); });
 }
+
+// A key that learns.
+struct Learner {
+  uint64_t key;
+  std::byte* row;  // null: it has none
+  GroupSums<float>::Items items;
+  int32_t position;
+  int32_t width;  // below 0: it is left out
+  int32_t count;
+  float lookup_norm;
+};
 
 template <class Stored, class Source>
 void DeviceShard::learn(const Update& rows, const Source& source, const int32_t* starts, const GroupSums<float>& groups,
@@ -135,61 +173,73 @@ void DeviceShard::learn(const Update& rows, const Source& source, const int32_t*
   constexpr bool kWire = std::is_same_v<Source, WireSource>;
   const View view = this->view();
   const StepConstants constants = step_constants(rows.lr, config_.eps, config_.beta1, config_.beta2, rows.step);
-  const Importance importance = config_.importance;
   Faults* const faults = device_faults(stream_);
-  const int dim = layout_.chunks * layout_.chunk;
-  launch_tiles(stream_, rows.n, dim,
-               [view, rows, source, starts, groups, gains, constants, importance, faults, dim, board = board_.get()] FIITED_KERNEL(
-                   int64_t i, const Tile& tile) {
-                 const uint32_t address = rows.addresses[i];
-                 const auto key = static_cast<uint64_t>(rows.keys[i]);
-                 const int width = rows.widths[i];
-                 const int chunk = view.layout.chunk;
-                 const int live = whole_chunks(width) * chunk;
-                 tile.once([&] { gains[i] = -1.0f; });
-                 const bool table_there = rows.tables[i] >= 0 && rows.tables[i] < view.tables;
-                 if (!view.belongs(key) || !table_there) {
-                   tile.once([&] { note(faults, table_there ? Fault::kForeignKey : Fault::kNoTable, i); });
-                   return;
-                 }
-                 if (!view.fits(address, width) || (address != kAbsent && !view.is_row(address, key, rows.tables[i]))) {
-                   tile.once([&] { note(faults, Fault::kMoved, i); });
-                   return;
-                 }
-                 if (board->stop) return;
-
-                 float* const g = tile.scratch;
-                 const int64_t begin = starts ? starts[i] : i;
-                 const int64_t end = starts ? starts[i + 1] : i + 1;
-                 const bool folds = has_folded_chunk(width, view.layout.chunks);
-                 const int size = !folds ? live : kWire ? live + chunk : dim;
-                 groups.sum(tile, source, i, begin, end, size, g);
-                 tile.sync();
-                 const float live_squares = tile.sum(live, [&](int d) { return g[d] * g[d]; });
-                 float squares = live_squares;
-                 if (folds) {
-                   squares += tile.sum(chunk, [&](int d) {
-                     const float x = kWire ? g[live + d] : folded(g, live, chunk, dim, d);
-                     return x * x;
-                   });
-                 }
-                 if (!(squares < INFINITY)) {  // infinite or NaN
-                   tile.once([&] { note(faults, Fault::kInfinite, i); });
-                   return;
-                 }
-                 const float gain =
-                     gain_of(importance, rows.counts[i], std::sqrt(squares), rows.lookup_norms ? rows.lookup_norms[i] : 0.0f) * view.scale;
-                 if (address == kAbsent) {
-                   tile.once([&] { gains[i] = gain; });
-                   return;
-                 }
-                 tile.once([&] {
-                   auto* const header = reinterpret_cast<RowHeader*>(view.row(address));
-                   header->importance += gain;
-                   header->mark = Mark::kChanged;
-                 });
-                 learn_row<Stored>(view, tile, address, key, g, live, live_squares, constants);
-               });
+  const int dim = layout_.dim();
+  launch_prepared<Learner, kBlocksThatSum>(
+      stream_, rows.n, dim, dim,
+      [view, rows, starts, groups, gains, faults, board = board_.get()] FIITED_KERNEL(int64_t i) {
+        Learner learner{};
+        learner.width = -1;
+        const uint32_t address = rows.addresses[i];
+        const auto key = static_cast<uint64_t>(rows.keys[i]);
+        const int width = rows.widths[i];
+        gains[i] = -1.0f;
+        const bool table_there = rows.tables[i] >= 0 && rows.tables[i] < view.tables;
+        if (!view.belongs(key) || !table_there) {
+          note(faults, table_there ? Fault::kForeignKey : Fault::kNoTable, i);
+          return learner;
+        }
+        const bool fits = view.fits(address, width);
+        if (fits && address != kAbsent) learner.row = view.row(address);
+        const auto row = static_cast<int32_t>(i);
+        learner.items = groups.items_of(i, starts ? starts[i] : row, starts ? starts[i + 1] : row + 1);
+        if (!fits || (address != kAbsent && !view.is_row(address, key, rows.tables[i]))) {
+          note(faults, Fault::kMoved, i);
+          return learner;
+        }
+        if (board->stop) return learner;
+        learner.key = key;
+        learner.position = row;
+        learner.width = width;
+        learner.count = rows.counts[i];
+        learner.lookup_norm = rows.lookup_norms ? rows.lookup_norms[i] : 0.0f;
+        return learner;
+      },
+      [layout = layout_, scale = view.scale, signs = FoldSigns(), source, groups, gains, constants, importance = config_.importance, faults,
+       dim] FIITED_KERNEL(const Learner& learner, const Tile& tile) {
+        if (learner.width < 0) return;
+        if (learner.row != nullptr) tile.prefetch(learner.row, layout.stride(learner.width));
+        const int chunk = layout.chunk;
+        const int live = whole_chunks(learner.width) * chunk;
+        const bool folds = has_folded_chunk(learner.width, layout.chunks);
+        float* const g = tile.scratch;
+        groups.add_up(tile, source, learner.items, !folds ? live : kWire ? live + chunk : dim, g);
+        tile.sync();
+        const float live_squares = tile.sum(live, [&](int d) { return g[d] * g[d]; });
+        float squares = live_squares;
+        if (folds) {
+          squares += tile.sum(chunk, [&](int d) {
+            const float x = kWire ? g[live + d] : folded(signs, g, live, chunk, dim, d);
+            return x * x;
+          });
+        }
+        if (!(squares < INFINITY)) {  // infinite or NaN
+          tile.once([&] { note(faults, Fault::kInfinite, learner.position); });
+          return;
+        }
+        const float gain = gain_of(importance, learner.count, std::sqrt(squares), learner.lookup_norm) * scale;
+        tile.once([&] {
+          if (learner.row == nullptr) {
+            gains[learner.position] = gain;
+          } else {
+            auto* const header = reinterpret_cast<RowHeader*>(learner.row);
+            header->importance += gain;
+            header->mark = Mark::kChanged;
+          }
+        });
+        if (learner.row == nullptr) return;
+        learn_row<Stored>(layout, tile, learner.row, learner.width, learner.key, g, live, live_squares, constants);
+      });
 }
 
 // Absent keys add to the sketch, set by set and in their order. Each set is gone through twice: once as if there were room for all, which
@@ -205,7 +255,8 @@ void DeviceShard::win_rows(const Update& rows, const Source& source, const int32
   const Scratch<uint32_t> sorted(stream_, n);
   const Scratch<int32_t> positions(stream_, n);
   const Scratch<int32_t> order(stream_, n);
-  launch(stream_, n, [view, rows, gains, sets, set_of = set_of.get(), positions = positions.get()] FIITED_KERNEL(int64_t i) {
+  launch(stream_, n, [view, rows, gains, sets, board, set_of = set_of.get(), positions = positions.get()] FIITED_KERNEL(int64_t i) {
+    if (i == 0) board->full_from = kNoFault;
     const auto key = static_cast<uint64_t>(rows.keys[i]);
     set_of[i] = gains[i] < 0 ? static_cast<uint32_t>(sets) : sketch_set_of(key, view.first_bucket, view.sets_per_bucket);
     positions[i] = static_cast<int32_t>(i);
@@ -252,12 +303,11 @@ void DeviceShard::win_rows(const Update& rows, const Source& source, const int32
     });
   }
 
-  launch_sum(stream_, n, &board->asked_bytes, [layout = layout_, earned = earned.get()] FIITED_KERNEL(int64_t i) {
-    return earned[i] ? int64_t{layout.stride(earned[i])} + Index::kBytesPerRow : int64_t{0};
-  });
-  launch_sum(stream_, n, &board->refused, [earned = earned.get(), granted = granted.get()] FIITED_KERNEL(int64_t i) {
-    return int64_t{earned[i] != 0 && granted[i] == 0};
-  });
+  launch_sums<2>(stream_, n, &board->asked_bytes,
+                 [layout = layout_, earned = earned.get(), granted = granted.get()] FIITED_KERNEL(int64_t i) {
+                   const int64_t bytes = earned[i] ? int64_t{layout.stride(earned[i])} + Index::kBytesPerRow : int64_t{0};
+                   return std::array<int64_t, 2>{bytes, earned[i] != 0 && granted[i] == 0};  // and refused
+                 });
   launch_tally(
       stream_, n, kMostChunks + 1, [granted = granted.get()] FIITED_KERNEL(int64_t i) { return granted[i] ? int{granted[i]} : -1; },
       [board] FIITED_KERNEL(int bin, uint32_t count) { atomic_add(board->by_width + bin, count); });
@@ -274,7 +324,6 @@ void DeviceShard::win_rows(const Update& rows, const Source& source, const int32
   sort_pairs(stream_, n, set_of.get(), sorted.get(), positions.get(), order.get(), bits_for(static_cast<uint64_t>(layout_.chunks) + 1));
 
   const Board told = read_board();
-  if (first_of(told.faults, Fault::kInfinite) != kNoFault) throw_infinite(rows, first_of(told.faults, Fault::kInfinite));
   throw_if_any(stream_, told.faults);
   counted_.asked_bytes += told.asked_bytes;
   counted_.refused += told.refused;
@@ -294,24 +343,18 @@ void DeviceShard::learn_first(const Update& rows, const Source& source, const in
                               int64_t count, const int32_t* chosen, const uint32_t* addresses) const {
   const View view = this->view();
   const StepConstants constants = step_constants(rows.lr, config_.eps, config_.beta1, config_.beta2, rows.step);
-  launch_tiles(stream_, count, layout_.chunk,
-               [view, rows, source, starts, groups, chosen, addresses, constants] FIITED_KERNEL(int64_t at, const Tile& tile) {
-                 const int32_t i = chosen[at];
-                 const int chunk = view.layout.chunk;
-                 float* const g = tile.scratch;
-                 groups.sum(tile, source, i, starts ? starts[i] : i, starts ? starts[i + 1] : i + 1, chunk, g);
-                 tile.sync();
-                 const float squares = tile.sum(chunk, [&](int d) { return g[d] * g[d]; });
-                 learn_row<Stored>(view, tile, addresses[i], static_cast<uint64_t>(rows.keys[i]), g, chunk, squares, constants);
-               });
-}
-
-void DeviceShard::throw_infinite(const Update& rows, int64_t at) const {
-  clear_faults(stream_, device_faults(stream_));
-  const int32_t table = read_one(stream_, rows.tables + at);
-  const auto key = static_cast<uint64_t>(read_one(stream_, rows.keys + at));
-  const auto raw = static_cast<int64_t>(raw_id_of(key, table_salt(config_.seed, static_cast<uint32_t>(table))));
-  throw std::runtime_error("the gradient of table " + std::to_string(table) + ", id " + std::to_string(raw) + " is not finite");
+  launch_tiles<kBlocksThatSum>(
+      stream_, count, layout_.chunk, layout_.chunk,
+      [view, rows, source, starts, groups, chosen, addresses, constants] FIITED_KERNEL(int64_t at, const Tile& tile) {
+        const int32_t i = chosen[at];
+        const int chunk = view.layout.chunk;
+        float* const g = tile.scratch;
+        groups.add_up(tile, source, groups.items_of(i, starts ? starts[i] : i, starts ? starts[i + 1] : i + 1), chunk, g);
+        tile.sync();
+        const float squares = tile.sum(chunk, [&](int d) { return g[d] * g[d]; });
+        learn_row<Stored>(view.layout, tile, view.row(addresses[i]), view.addresses.width(addresses[i]),
+                          static_cast<uint64_t>(rows.keys[i]), g, chunk, squares, constants);
+      });
 }
 
 }  // namespace fiited::device

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cstddef>
@@ -53,6 +54,15 @@ template <class T>
 T read_shared(const T* at) {
   return *at;
 }
+inline void add_together(int64_t* at, int64_t value) { *at += value; }
+template <class Real>
+Real load_once(const Real* at) {
+  return *at;
+}
+template <class Real>
+void store_once(Real* at, Real value) {
+  *at = value;
+}
 
 // ---- launches -----------------------------------------------------------------------------------------------------------
 
@@ -98,6 +108,14 @@ struct Tile {
   void map(int n, const Load& load, const Keep& keep) const {
     each(n, [&](int i) { keep(i, load(i)); });
   }
+  template <class Real, class From, class Factor>
+  void add_up(int items, int n, const From& from, const Factor& factor, Real* to) const {
+    each(n, [&](int i) {
+      Real sum = 0;
+      for (int item = 0; item < items; ++item) sum += factor(item) * from(item)[i];
+      to[i] = sum;
+    });
+  }
   template <class Part>
   float sum(int n, const Part& part) const {
     float lanes[kLanes] = {};
@@ -111,22 +129,50 @@ struct Tile {
   void once(const Visit& visit) const {
     visit();
   }
+  void prefetch(const std::byte*, int) const {}
+  template <class Prepare, class Use>
+  void prepared(int64_t first, int64_t end, const Prepare& prepare, const Use& use) const {
+    for (; first < end; ++first) use(prepare(first));
+  }
+  template <class Make>
+  int32_t told(const Make& make) const {
+    return make();
+  }
   void sync() const {}
 };
 
-// Adds value_of(i) over all items to *sum.
-template <class ValueOf>
-void launch_sum(Stream, int64_t n, int64_t* sum, const ValueOf& value_of) {
-  launch(nullptr, n, [&](int64_t i) { *sum += value_of(i); });
+// Adds the numbers of all items, an array for each, to sums[0], sums[1], ...
+template <size_t kSums, class NumbersOf>
+void launch_sums(Stream, int64_t n, int64_t* sums, const NumbersOf& numbers_of) {
+  launch(nullptr, n, [&](int64_t i) {
+    const std::array<int64_t, kSums> numbers = numbers_of(i);
+    for (size_t sum = 0; sum < kSums; ++sum) sums[sum] += numbers[sum];
+  });
 }
 
-template <class Body>
-void launch_tiles(Stream, int64_t n, int scratch_floats, const Body& body) {
+// Adds 1 to counts[place_of(i)] for each item.
+template <class PlaceOf>
+void launch_counts(Stream, int64_t n, int32_t* counts, const PlaceOf& place_of) {
+  launch(nullptr, n, [&](int64_t i) {
+    const int32_t place = place_of(i);
+    if (place >= 0) ++counts[place];
+  });
+}
+
+template <class Prepared, int = 0, class Prepare, class Use>
+void launch_prepared(Stream, int64_t n, int, int scratch_floats, const Prepare& prepare, const Use& use, const int32_t* limit = nullptr) {
+  if (limit != nullptr && *limit < n) n = *limit;
   std::vector<float> scratch(scratch_floats);
   launch(nullptr, n, [&](int64_t item) {
     std::fill(scratch.begin(), scratch.end(), -1e30f);  // nothing may be read that this item did not write
-    body(item, Tile{scratch.data()});
+    const Prepared prepared = prepare(item);
+    use(prepared, Tile{scratch.data()});
   });
+}
+
+template <int = 0, class Body>
+void launch_tiles(Stream stream, int64_t n, int numbers, int scratch_floats, const Body& body, const int32_t* limit = nullptr) {
+  launch_prepared<int64_t>(stream, n, numbers, scratch_floats, [](int64_t item) { return item; }, body, limit);
 }
 
 // Counts items by bin: `bin_of` gives a bin or -1; `flush(bin, count)` is called now and then, and must add up.
@@ -159,6 +205,16 @@ inline void copy_to_host(Stream, void* host, const void* device, size_t bytes) {
 inline void copy_to_device(Stream, void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
 inline void copy_on_device(Stream, void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 inline void wait(Stream) {}
+
+class Reading {
+ public:
+  Reading(Stream, const void* device, size_t bytes)
+      : bytes_(static_cast<const std::byte*>(device), static_cast<const std::byte*>(device) + bytes) {}
+  const void* wait() const { return bytes_.data(); }
+
+ private:
+  std::vector<std::byte> bytes_;
+};
 
 // Address space of which a part, from its beginning on, has memory behind it.
 class Reservation {

@@ -150,8 +150,8 @@ from fiited_ray.store import VhpiShard, _extension, ops
 _extension.NAMESPACES["cpu"] = "fiited_emulated"
 namespace = _extension.load("fiited_emulated")
 shard = VhpiShard(make_spec())
-for step, threshold in ((1, 0.0), (2, 5.0), (3, 5.0)):
-    ids, offsets, _ = batch(step, False)
+for step, seed, threshold in ((1, 1, 0.0), (2, 1, 5.0), (3, 2, 5.0), (4, 3, 5.0)):
+    ids, offsets, _ = batch(seed, False)
     local = ops.dedup_ids(ids, offsets[BATCH::BATCH].contiguous(), torch.tensor([0, 1], dtype=torch.int32), 0, 1)
     bags = ops.Bags(local.inverse, offsets, None, FEATURES, False, 4, 3)
     counts = [namespace.host_reads()]
@@ -166,7 +166,7 @@ for step, threshold in ((1, 0.0), (2, 5.0), (3, 5.0)):
     shard.stats()
     counts.append(namespace.host_reads())
     print(*(after - before for before, after in zip(counts, counts[1:])))
-    shard.resize(threshold or 5.0)
+    shard.resize(threshold)
 """
 
 
@@ -175,8 +175,9 @@ def test_the_host_reads_from_the_device_once_in_a_step_and_not_in_a_lookup() -> 
     environment = os.environ | {"FIITED_CHECKS": "later", "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent.parent)))}
     done = subprocess.run([sys.executable, "-c", READS], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    filling, *later = done.stdout.splitlines()
-    assert filling == "0 1 0 1 0"  # lookup, training lookup, pool, update, stats: rows are given out at lookup, and counted by the host
+    filling, filled, *later = done.stdout.splitlines()  # lookup, training lookup, pool, update, stats
+    assert filling == "0 2 0 0 0"  # rows are given out at lookup: how many are asked for, and which there is room for
+    assert filled == "0 1 0 0 0"
     assert later == ["0 0 0 1 0", "0 0 0 1 0"]
 
 
