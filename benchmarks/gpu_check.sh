@@ -10,38 +10,42 @@ out=${1:-build/gpu_check}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH=$PWD FIITED_CUDA_ARCHITECTURES=${FIITED_CUDA_ARCHITECTURES:-90}
-declare -A result
 
 part() {  # part NAME SECONDS COMMAND...
   local name=$1 most=$2 start=$SECONDS
   shift 2
-  if timeout "$most" "$@" >"$out/$name.log" 2>&1; then result[$name]="ok"; else result[$name]="FAILED ($?)"; fi
-  result[$name]+=", $((SECONDS - start)) s"
+  local outcome="ok"
+  timeout "$most" "$@" >"$out/$name.log" 2>&1 || outcome="FAILED ($?)"
+  echo "$outcome, $((SECONDS - start)) s" >"$out/$name.result"
   tail -n 3 "$out/$name.log"
 }
 
-# The sanitizer slows kernels down many times: a part of the tests, on the GPU only.
+# The sanitizer slows kernels down a hundred times: a few of the tests, on the GPU only.
 sanitized() {
-  compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -q -x --confcutdir=tests/store tests/store/test_silent_faults.py -k "cuda"
+  compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -q -x --confcutdir=tests/store tests/store/test_silent_faults.py \
+    -k "cuda and (comes_back or wins or adam)"
 }
 without_ray=()
 "$python" -c 'import ray' 2>/dev/null || without_ray=(--ignore=tests/store/test_sketch.py)
+side_by_side=()
+"$python" -c 'import xdist' 2>/dev/null && side_by_side=(-n 8)
 export -f sanitized
-export python
+export python FIITED_CHECKS=at_once
 
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || { echo "gpu_check: torch sees no GPU here" >&2; exit 1; }
 part build 150 "$python" setup.py -q build_ext --inplace
 part emulation 60 env FIITED_EMULATION=1 "$python" setup.py -q build_ext --inplace
-part tests 90 env FIITED_CHECKS=at_once "$python" -m pytest -q --confcutdir=tests/store tests/store "${without_ray[@]}" -k "cuda or test_devices"
-part memcheck 50 bash -c "sanitized memcheck"
-part racecheck 50 bash -c "sanitized racecheck"
-part benchmark 80 "$python" benchmarks/store_device.py cuda "$out/store.json"
+part benchmark 60 env FIITED_CHECKS=later "$python" benchmarks/store_device.py cuda "$out/store.json"
+part memcheck 150 bash -c "sanitized memcheck" &
+part racecheck 150 bash -c "sanitized racecheck" &
+part tests 150 "$python" -m pytest -q "${side_by_side[@]}" --confcutdir=tests/store tests/store "${without_ray[@]}" -k "cuda or test_devices"
+wait
 
 echo
 cat "$out/benchmark.log"
 failed=0
-for name in build emulation tests memcheck racecheck benchmark; do
-  printf '%-12s%s\n' "$name" "${result[$name]}"
-  [[ ${result[$name]} == ok* ]] || failed=1
+for name in build emulation benchmark tests memcheck racecheck; do
+  printf '%-12s%s\n' "$name" "$(cat "$out/$name.result")"
+  [[ $(cat "$out/$name.result") == ok* ]] || failed=1
 done
 exit "$failed"

@@ -37,8 +37,8 @@ def runtime(nvcc: str) -> Path:
     raise SystemExit(f"fiited-ray: libcudart_static.a is missing under {root}; install the CUDA toolkit whole")
 
 
-def compile_all(nvcc: str, folder: Path, at_a_time: int = 2) -> list[str]:
-    """Object files of all sources, in `folder`. Ends the program when one does not compile."""
+def compile_all(nvcc: str, folder: Path) -> list[str]:
+    """Object files of all sources, in `folder`, as many at a time as there are cores. Ends the program when one does not compile."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = os.environ.get("FIITED_CUDA_ARCHITECTURES", ARCHITECTURES).split()
     targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in wanted]
@@ -51,7 +51,7 @@ def compile_all(nvcc: str, folder: Path, at_a_time: int = 2) -> list[str]:
             raise SystemExit(f"fiited-ray: nvcc does not compile {source}")
         return str(to)
 
-    with ThreadPoolExecutor(at_a_time) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, sorted((SOURCES / "cuda").glob("*.cu"))))
 
 

@@ -156,6 +156,8 @@ FIITED_DEVICE void learn_row(const RowLayout& layout, const Tile& tile, std::byt
   }
 }
 
+constexpr int kLearnersPrepared = 2;  // by a tile at a time: with more, their headers are out of the cache again when their turn comes
+
 // A key that learns.
 struct Learner {
   uint64_t key;
@@ -239,7 +241,8 @@ void DeviceShard::learn(const Update& rows, const Source& source, const int32_t*
         });
         if (learner.row == nullptr) return;
         learn_row<Stored>(layout, tile, learner.row, learner.width, learner.key, g, live, live_squares, constants);
-      });
+      },
+      nullptr, kLearnersPrepared);
 }
 
 // Absent keys add to the sketch, set by set and in their order. Each set is gone through twice: once as if there were room for all, which

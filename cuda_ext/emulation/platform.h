@@ -160,7 +160,8 @@ void launch_counts(Stream, int64_t n, int32_t* counts, const PlaceOf& place_of) 
 }
 
 template <class Prepared, int = 0, class Prepare, class Use>
-void launch_prepared(Stream, int64_t n, int, int scratch_floats, const Prepare& prepare, const Use& use, const int32_t* limit = nullptr) {
+void launch_prepared(Stream, int64_t n, int, int scratch_floats, const Prepare& prepare, const Use& use, const int32_t* limit = nullptr,
+                     int = 0) {
   if (limit != nullptr && *limit < n) n = *limit;
   std::vector<float> scratch(scratch_floats);
   launch(nullptr, n, [&](int64_t item) {
