@@ -64,7 +64,7 @@ format: $(VENV)/.dev  ## rewrite the sources in the house style
 	@$(bin)/clang-format -i $(kernels) $(headers)
 
 ui: $(VENV)/.built  ## MLflow's pages for the runs in mlflow.db, on http://127.0.0.1:5000
-	@$(bin)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(bin)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db
 
 clean:  ## remove .venv and what was built; data, runs and mlflow.db stay
 	rm -rf $(VENV) build *.egg-info fiited_ray/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import socket
 import subprocess
@@ -145,12 +146,14 @@ def test_a_trial_is_stopped_early_only_by_trials_of_like_budget() -> None:
 
 @pytest.fixture(scope="module")
 def server(sweep: Sweep) -> Iterator[str]:
-    """Address of `mlflow ui` on the sweep's store, with the arguments that `make ui` and the jobs name."""
+    """Address of `mlflow ui` on the sweep's store, as `make ui` starts it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with subprocess.Popen([*command, "--backend-store-uri", sweep.uri], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    command += ["--backend-store-uri", sweep.uri]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         address = f"http://127.0.0.1:{port}"
         try:
             while process.poll() is None:
