@@ -35,15 +35,13 @@ BUDGETS = ("100%", "25%", "6.25%", "1.56%", "0.39%")
 Row = dict[str, Any]
 
 
-def run(config: Config, distinct: list[int]) -> Row:
-    """Train and score one method at one budget with one seed; returns its row of the results.
+def run(config: Config, budget: int | None, distinct: list[int]) -> Row:
+    """Train and score one method at one budget, in bytes, with one seed; returns its row of the results.
 
     Raises:
         ConfigError: for a budget the method cannot do with.
     """
     torch.set_num_threads(1)
-    share, dense_equivalent = config.budget.share, sum(distinct) * dense_row_bytes(config.embedding)
-    config, budget = settle(config, distinct)
     worker = Worker(config, budget, Solo(), LocalDecider(config.policy), distinct_ids=sum(distinct))
     data, size = config.data, config.train.batch_size
 
@@ -55,7 +53,7 @@ def run(config: Config, distinct: list[int]) -> Row:
     kind = "eval" if data.test else "progressive"
     return {
         "method": config.method,
-        "budget": share,
+        "budget": config.budget.share,
         "seed": config.seed,
         "auc": result[f"{kind}/auc"],
         "ne": result[f"{kind}/ne"],
@@ -64,7 +62,7 @@ def run(config: Config, distinct: list[int]) -> Row:
         "total_bytes": result["bytes/total"],
         "peak_bytes": result["bytes/peak_of_run"],
         "budget_bytes": budget,
-        "dense_equivalent_bytes": dense_equivalent,
+        "dense_equivalent_bytes": sum(distinct) * dense_row_bytes(config.embedding),
         "samples_per_s": result["speed/samples_per_s_of_run"],
     }
 
@@ -114,7 +112,7 @@ def run_missing(configs: list[Config], rows: list[Row], settings: str, file: Pat
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for config in missing:
             try:
-                row = pool.apply(run, (config, distinct))
+                row = pool.apply(run, (*settle(config, distinct), distinct))
             except ConfigError as error:
                 print(f"{config.method} at {config.budget}, seed {config.seed}: left out. {error}", flush=True)
                 continue

@@ -15,7 +15,6 @@ import pytest
 
 from fiited_ray.config import (
     Budget,
-    CheckpointConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -91,20 +90,6 @@ def test_reading_through_ray_data_trains_the_same_model(finished: tuple[Plan, Ou
         assert outcome.metrics[name] == pytest.approx(finished[1].metrics[name], rel=1e-5)
 
 
-def test_a_method_that_fixes_its_rows_trains_within_the_budget_and_its_saved_model_scores_the_same(
-    config: Config, ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    short = dataclasses.replace(config.train, max_steps=4, workers=1)
-    plan = make_plan(dataclasses.replace(config, method="qr", name="products", train=short))
-    outcome = run(plan, lambda text: None)
-    assert plan.config.embedding.rows
-    assert outcome.metrics["bytes/peak_of_run"] <= (plan.budget_bytes or 0)
-    assert outcome.metrics["parameters/kept_share"] < 0.5  # of the ids that the files hold, not of the rows they share
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(outcome.model_folder)])
-    assert job("evaluate").main() == 0
-    assert f"AUC {outcome.metrics['eval/auc']:.4f}" in capsys.readouterr().out
-
-
 def test_files_out_of_time_order_are_refused_before_anything_starts_unless_ray_sorts(config: Config, tmp_path: Path) -> None:
     rows = pq.read_table(config.data.train[0]).slice(0, 100)
     pq.write_table(rows.take(pa.array(np.arange(100)[::-1].copy())), tmp_path / "turned.parquet")
@@ -144,23 +129,6 @@ def test_the_saved_model_scores_as_it_did_in_training(
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(outcome.model_folder)])
     assert job("evaluate").main() == 0
     assert f"AUC {outcome.metrics['eval/auc']:.4f}" in capsys.readouterr().out
-
-
-def test_a_workers_error_reaches_the_driver_with_its_cause_and_the_run_is_marked_failed(
-    config: Config, ray_local: None, tmp_path: Path
-) -> None:
-    table = pq.read_table(config.data.train[0]).slice(0, 3000)
-    values = table["d1"].to_numpy().copy()
-    values[2500] = np.nan
-    table = table.set_column(table.schema.names.index("d1"), "d1", pa.array(values, pa.float32(), from_pandas=False))
-    pq.write_table(table, tmp_path / "bad.parquet")
-    data = dataclasses.replace(config.data, train=(str(tmp_path / "bad.parquet"),))
-    bad = dataclasses.replace(config, name="bad", budget=Budget(), data=data, checkpoint=CheckpointConfig(restarts=0))
-    with pytest.raises(RuntimeError, match="dense column 'd1', row"):
-        run(make_plan(bad))
-    client = mlflow.MlflowClient(config.tracking.uri)
-    runs = client.search_runs(["1"], "attributes.run_name = 'bad'")
-    assert [each.info.status for each in runs] == ["FAILED"]
 
 
 def test_the_error_told_is_that_of_the_worker_that_began_not_of_those_that_lost_it() -> None:

@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import dying
+
 from fiited_ray.train import loop, trainer, worker
 
 _POLL_SECONDS = 0.05
@@ -40,20 +42,23 @@ def work(setup: dict[str, Any]) -> None:
 
     loop.train_step = waiting
     plots_of_run.log_plots = lambda *arguments: None
+    if setup["deaths"] is not None:
+        dying.die_in_each_phase(Path(setup["deaths"]))
     _work(setup)
 
 
-def gated(folder: Path, closed: list[str]) -> Any:
-    """A stand-in for TorchTrainer whose workers do `work`."""
+def gated(folder: Path, closed: list[str], deaths: Path | None = None) -> Any:
+    """A stand-in for TorchTrainer whose workers do `work`, and first die in each phase where `deaths` is a folder to remember that in."""
     import ray.cloudpickle
 
-    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(dying)  # workers of a Ray that other tests started do not find it
     if __name__ != "__main__":  # what that holds goes by value anyway
-        ray.cloudpickle.register_pickle_by_value(module)
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     made = trainer.ray.train.torch.TorchTrainer
 
     def trainer_(_: Any, *, train_loop_config: dict[str, Any], **arguments: Any) -> Any:
-        return made(work, train_loop_config=train_loop_config | {"gates": str(folder), "closed": closed}, **arguments)
+        ours = {"gates": str(folder), "closed": closed, "deaths": deaths and str(deaths)}
+        return made(work, train_loop_config=train_loop_config | ours, **arguments)
 
     return trainer_
 

@@ -31,13 +31,18 @@ def cluster() -> Iterator[Cluster]:
     made.shutdown()
 
 
+@pytest.fixture(scope="module")
+def standing() -> list[Node]:
+    """Nodes that are there. A test that takes one away, or adds one, says so here."""
+    return []
+
+
 @pytest.fixture
-def nodes(cluster: Cluster) -> Iterator[list[Node]]:
-    """Two, for a worker each; those that are in the list in the end are taken away."""
-    made = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    yield made
-    for node in made:
-        cluster.remove_node(node)
+def nodes(cluster: Cluster, standing: list[Node]) -> list[Node]:
+    """Two, for a worker each."""
+    while len(standing) < 2:
+        standing.append(cluster.add_node(num_cpus=1))
+    return standing
 
 
 @contextmanager

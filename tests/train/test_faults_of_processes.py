@@ -1,6 +1,7 @@
 """Single processes that die, stop or have no room, on a real Ray: the run goes on by itself, and MLflow shows nothing of it.
 
-Each wait has an end: `WITHIN` seconds for what takes a few on a machine that has nothing else to do.
+One run suffers all of it, one fault after the other: workers die in each phase of a step, before there is any checkpoint, and then come
+the faults at the gates. Each wait has an end: `WITHIN` seconds for what takes a few on a machine that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gates
 import pytest
 import ray
+from dying import PHASES
 from failing_runs import (
     Gates,
     assert_one_run,
@@ -34,108 +36,137 @@ from fiited_ray.train import trainer
 from fiited_ray.train.plan import make_plan
 
 WITHIN = 180.0
+DEATHS_WITHIN = 600.0  # workers start anew six times
+STEPS = 32
+DEAD_COORDINATOR, STALL, TOO_LONG, FULL_DISK = GATES = ("8-2", "14-2", "20-2", "26-2")
+Resumptions = list[tuple[int, int]]
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+
+@dataclass
+class Suffered:
+    """A finished run, and what was seen of it on the way."""
+
+    config: Config
+    deaths: Path  # of workers, one in each phase
+    coordinators: list[int] = field(default_factory=list)  # process ids, before and after
+    stacks: str = ""  # written while a worker was stopped
+    stopped: list[int] = field(default_factory=list)  # process id of the worker that was stopped for too long
+    resumptions: dict[str, Resumptions] = field(default_factory=dict)  # those before each gate
+
+    @property
+    def stacks_file(self) -> Path:
+        return Path(self.config.output, self.config.name, "logs", "stall-00000.txt")
 
 
-def run_with(config: Config, closed: list[str], fault: Callable[[Gates], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train while `fault` runs in a thread; its error comes first. A gate that it leaves closed by failing is opened."""
-    folder.mkdir()
-    monkeypatch.setattr(trainer.ray.train.torch, "TorchTrainer", gates.gated(folder, closed))
+@pytest.fixture(scope="module")
+def suffered(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Suffered:
+    folder = tmp_path_factory.mktemp("faults")
+    train = {"max_steps": STEPS, "epochs": 2, "stall_seconds": 1.0, "timeout_seconds": 30.0}
+    seen = Suffered(small_config(folder, train=train, checkpoint={"restarts": 15}), folder / "deaths")
+    actors: list[Any] = []
+    waiting = Gates(folder / "gates")
+    waiting.folder.mkdir()
+    seen.deaths.mkdir()
 
     def faulty() -> None:
         try:
-            fault(Gates(folder))
+            waiting.waiting(GATES[0], DEATHS_WITHIN)
+            for gate, fault in zip(GATES, (kill_coordinator, stall, stop_for_too_long, fill_disk), strict=True):
+                pids = waiting.waiting(gate, WITHIN)
+                seen.resumptions[gate] = resumptions(seen.config)
+                fault(seen, waiting, pids, actors)
         finally:
-            for gate in closed:
-                Gates(folder).open(gate)
+            for gate in GATES:
+                waiting.open(gate)
 
-    with ThreadPoolExecutor(1) as pool:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        start = trainer.start_coordinator
+        patch.setattr(trainer, "start_coordinator", lambda *arguments: actors.append(start(*arguments)) or actors[0])
+        patch.setattr(trainer.ray.train.torch, "TorchTrainer", gates.gated(waiting.folder, list(GATES), seen.deaths))
         outcome = pool.submit(faulty)
         try:
-            trainer.run(make_plan(config), lambda text: None)
+            trainer.run(make_plan(seen.config), lambda text: None)
         finally:
-            outcome.result()
+            outcome.result()  # its error comes first
+    return seen
 
 
-def test_a_killed_coordinator_comes_back_and_a_stopped_worker_has_the_stacks_written_and_no_worker_starts_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small_config(tmp_path, train={"stall_seconds": 1.0})
-    stacks = Path(config.output, config.name, "logs", "stall-00000.txt")
-    actors: list[Any] = []
-    start = trainer.start_coordinator
-    monkeypatch.setattr(trainer, "start_coordinator", lambda *arguments: actors.append(start(*arguments)) or actors[0])
+def kill_coordinator(seen: Suffered, waiting: Gates, pids: list[int], actors: list[Any]) -> None:
+    seen.coordinators.append(eventually(lambda: pid_of(actors[0]), WITHIN, "the coordinator answers"))
+    os.kill(seen.coordinators[0], signal.SIGKILL)
+    waiting.open(DEAD_COORDINATOR)
 
-    def pid() -> int | None:
-        try:
-            found: int = ray.get(actors[0].__ray_call__.remote(lambda self: os.getpid()), timeout=10)
-        except ray.exceptions.RayError:
-            return None
-        return found
 
-    def fault(waiting: Gates) -> None:
-        waiting.waiting("8-2", WITHIN)
-        before = eventually(pid, WITHIN, "the coordinator answers")
-        os.kill(before, signal.SIGKILL)
-        waiting.open("8-2")
-        _, stopped = waiting.waiting("16-2", WITHIN)
-        after = eventually(pid, WITHIN, "the coordinator is back")
-        assert after != before
-        os.kill(stopped, signal.SIGSTOP)
-        try:
-            written = stacks.stat().st_size if stacks.exists() else 0
-            waiting.open("16-2")
-            eventually(
-                lambda: "all_reduce" in stacks.read_text()[written:] or "all_to_all" in stacks.read_text()[written:], WITHIN, "stacks"
-            )
-        finally:
-            os.kill(stopped, signal.SIGCONT)
+def stall(seen: Suffered, waiting: Gates, pids: list[int], actors: list[Any]) -> None:
+    seen.coordinators.append(eventually(lambda: pid_of(actors[0]), WITHIN, "the coordinator is back"))
+    stacks = seen.stacks_file
+    os.kill(pids[1], signal.SIGSTOP)
+    try:
+        written = stacks.stat().st_size if stacks.exists() else 0
+        waiting.open(STALL)
+        eventually(lambda: "all_reduce" in stacks.read_text()[written:] or "all_to_all" in stacks.read_text()[written:], WITHIN, "stacks")
+    finally:
+        os.kill(pids[1], signal.SIGCONT)
+    seen.stacks = stacks.read_text()[written:]
 
-    run_with(config, ["8-2", "16-2"], fault, tmp_path / "gates", monkeypatch)
-    assert_one_run(config)
-    assert resumptions(config) == []
-    rounds = metric(config, "policy/threshold")
+
+def stop_for_too_long(seen: Suffered, waiting: Gates, pids: list[int], actors: list[Any]) -> None:
+    seen.stopped.append(pids[1])
+    eventually(lambda: newest_step(seen.config) == 18, WITHIN, "the checkpoint of step 18 is complete")
+    os.kill(pids[1], signal.SIGSTOP)
+    waiting.open(TOO_LONG)
+
+
+def fill_disk(seen: Suffered, waiting: Gates, pids: list[int], actors: list[Any]) -> None:
+    eventually(lambda: newest_step(seen.config) == 24, WITHIN, "the checkpoint of step 24 is complete")
+    resource.prlimit(pids[1], resource.RLIMIT_FSIZE, (32768, 32768))  # of this process alone: the next one has room again
+    waiting.open(FULL_DISK)
+
+
+def pid_of(actor: Any) -> int | None:
+    """Its process; None while it does not answer."""
+    try:
+        found: int = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=10)
+    except ray.exceptions.RayError:
+        return None
+    return found
+
+
+def test_one_run_shows_each_step_once(suffered: Suffered) -> None:
+    assert_one_run(suffered.config, range(2, STEPS + 1, 2))
+
+
+def test_a_worker_killed_in_each_phase_costs_no_step(suffered: Suffered) -> None:
+    assert {each.name for each in suffered.deaths.iterdir()} == {*PHASES, "checkpoint"}  # each killed a worker
+
+
+def test_a_killed_coordinator_comes_back_and_no_worker_starts_again(suffered: Suffered) -> None:
+    before, after = suffered.coordinators
+    assert before != after
+    assert suffered.resumptions[STALL] == []
+    rounds = metric(suffered.config, "policy/threshold")
     assert min(rounds) <= 8
-    assert max(rounds) > 16
-    assert "no step for 1 seconds" in stacks.read_text()
+    assert max(rounds) > 14
 
 
-def test_a_worker_stopped_for_too_long_is_replaced_and_training_goes_on_from_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small_config(tmp_path, train={"stall_seconds": 1.0, "timeout_seconds": 10.0})
-    stopped: list[int] = []
-
-    def fault(waiting: Gates) -> None:
-        stopped.append(waiting.waiting("8-2", WITHIN)[1])
-        eventually(lambda: newest_step(config) == 6, WITHIN, "the checkpoint of step 6 is complete")
-        os.kill(stopped[0], signal.SIGSTOP)
-        waiting.open("8-2")
-
-    run_with(config, ["8-2"], fault, tmp_path / "gates", monkeypatch)
-    assert_one_run(config)
-    assert resumptions(config)[0] == (6, 2)
-    eventually(lambda: gone(stopped), 30, "the stopped worker's process is gone")
+def test_a_stopped_worker_has_the_stacks_written_and_no_worker_starts_again(suffered: Suffered) -> None:
+    assert "no step for 1 seconds" in suffered.stacks_file.read_text()
+    assert "all_reduce" in suffered.stacks or "all_to_all" in suffered.stacks
+    assert suffered.resumptions[TOO_LONG] == []
 
 
-def test_a_disk_that_is_full_is_named_and_training_goes_on_from_the_checkpoint_when_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small_config(tmp_path)
+def test_a_worker_stopped_for_too_long_is_replaced_and_training_goes_on_from_the_checkpoint(suffered: Suffered) -> None:
+    assert suffered.resumptions[FULL_DISK][0] == (18, 2)
+    eventually(lambda: gone(suffered.stopped), 30, "the stopped worker's process is gone")
 
-    def fault(waiting: Gates) -> None:
-        _, pid = waiting.waiting("8-2", WITHIN)
-        eventually(lambda: newest_step(config) == 6, WITHIN, "the checkpoint of step 6 is complete")
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (32768, 32768))  # of this process alone: the next one has room again
-        waiting.open("8-2")
 
-    run_with(config, ["8-2"], fault, tmp_path / "gates", monkeypatch)
-    assert_one_run(config)
-    assert resumptions(config) == [(6, 2)]
-    error = next(line["message"] for line in log_lines(config, 1) if line["level"] == "error")
+def test_a_disk_that_is_full_is_named_and_training_goes_on_from_the_checkpoint_when_there_is_room(suffered: Suffered) -> None:
+    config = suffered.config
+    assert resumptions(config) == [*suffered.resumptions[FULL_DISK], (24, 2)]
+    errors = (line["message"] for line in log_lines(config, 1) if line["level"] == "error")
+    error = next(each for each in errors if not each.startswith("no step for"))
     assert re.fullmatch(
-        rf"the checkpoint of step 9 could not be written: {config.output}/failing/checkpoint_.*/(rows|shard)-00001.*: .*", error
+        rf"the checkpoint of step 27 could not be written: {config.output}/failing/checkpoint_.*/(rows|shard)-00001.*: .*", error
     )
     left = sorted(Path(config.output, config.name).glob("checkpoint_2*"))
     assert len(left) == config.checkpoint.keep

@@ -37,18 +37,27 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
 
 
-def with_workers(config: Config, workers: int) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, workers=workers))
+def changed(config: Config, **keys: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **keys))
 
 
 @pytest.fixture(scope="module")
 def one(config: Config) -> dict:
-    return run_workers.run(with_workers(config, 1), BUDGET, 1)[0]
+    return run_workers.run(changed(config, workers=1), BUDGET, 1)[0]
 
 
 @pytest.fixture(scope="module")
-def two(config: Config) -> list[dict]:
-    return run_workers.run(with_workers(config, 2), BUDGET, 2)
+def of_two(config: Config) -> dict[str, list[dict]]:
+    """Of both workers, by what is special about the training."""
+    two = changed(config, workers=2)
+    short = changed(two, max_steps=60)
+    tasks = {"nothing": (two, BUDGET), "ahead": (changed(two, overlap=1), BUDGET), "wide": (short, None), "narrow": (short, BUDGET // 8)}
+    return dict(zip(tasks, run_workers.run_each(list(tasks.values()), 2), strict=True))
+
+
+@pytest.fixture(scope="module")
+def two(of_two: dict[str, list[dict]]) -> list[dict]:
+    return of_two["nothing"]
 
 
 def test_two_workers_give_the_losses_and_widths_of_one(one: dict, two: list[dict]) -> None:
@@ -71,18 +80,14 @@ def test_bytes_of_all_shards_stay_below_the_budget_at_every_step(two: list[dict]
     assert two[0]["metrics"]["bytes/total"] > 0.9 * BUDGET  # and the budget is used
 
 
-def test_routing_ahead_of_the_step_changes_no_loss_no_width_and_no_byte(config: Config, two: list[dict]) -> None:
-    ahead = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=2, overlap=1))
-    for mine, exact in zip(run_workers.run(ahead, BUDGET, 2), two, strict=True):
+def test_routing_ahead_of_the_step_changes_no_loss_no_width_and_no_byte(of_two: dict[str, list[dict]], two: list[dict]) -> None:
+    for mine, exact in zip(of_two["ahead"], two, strict=True):
         for name in ("losses", "widths", "totals", "bytes_sent"):
             assert mine[name] == exact[name]
 
 
-def test_narrow_rows_send_fewer_bytes(config: Config) -> None:
-    short = dataclasses.replace(config, train=dataclasses.replace(config.train, workers=2, max_steps=60))
-    wide = run_workers.run(short, None, 2)[0]["bytes_sent"]
-    narrow = run_workers.run(short, BUDGET // 8, 2)[0]["bytes_sent"]
-    assert narrow < 0.8 * wide
+def test_narrow_rows_send_fewer_bytes(of_two: dict[str, list[dict]]) -> None:
+    assert of_two["narrow"][0]["bytes_sent"] < 0.8 * of_two["wide"][0]["bytes_sent"]
 
 
 def test_a_tail_batch_smaller_than_the_workers_is_learned_from_and_nobody_hangs(config: Config, tmp_path: Path) -> None:

@@ -111,13 +111,14 @@ def test_a_grid_trains_full_width_once_for_each_combination_and_names_each_trial
 
 
 @given(st.lists(st.floats(0.006, 0.49), min_size=1, max_size=5))
-def test_what_a_search_has_tried_before_it_suggests_again_to_the_letter(shares: list[float]) -> None:
+def test_what_a_search_has_tried_before_it_suggests_again_to_the_letter_and_then_something_new(shares: list[float]) -> None:
     space = (["fiited", "hash"], parse_budgets("0.5%..50%"), parse_vary(["policy.alpha=1..8.5", "policy.interval=10..1000"]))
     first = QualityAndBytes(*space, AUC, seed=1)
     settings = [first.suggest(str(at))["settings"] for at in range(len(shares))]  # type: ignore[index]
     assert all(covers(*space, each) for each in settings)
-    again = QualityAndBytes(*space, AUC, seed=2, known=settings)
+    again = QualityAndBytes(*space, AUC, seed=1, known=settings)
     assert [again.suggest(str(at))["settings"] for at in range(len(shares))] == settings  # type: ignore[index]
+    assert again.suggest("new")["settings"] not in settings  # type: ignore[index]
 
 
 def test_settings_outside_the_space_are_not_told_to_a_search() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -14,20 +16,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import Sweep, small_config  # type: ignore[import-not-found]
+from conftest import ROOT, Sweep, small_config  # type: ignore[import-not-found]
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from fiited_ray import tracking
 from fiited_ray.config import Config, load
 from fiited_ray.train.plan import make_plan
 from fiited_ray.tune.measure import Measure
 from fiited_ray.tune.scheduler import AshaByBudget
 from fiited_ray.tune.space import parse_budgets, parse_vary, settings_of
-from fiited_ray.tune.sweep import Grid, Question, Search
+from fiited_ray.tune.sweep import Grid, Outcome, Question, Search
 from fiited_ray.tune.sweep import sweep as run_sweep
 
 SILENT: Any = lambda text: None  # noqa: E731
@@ -98,35 +104,67 @@ def test_only_the_best_trials_model_is_put_among_mlflows(sweep: Sweep) -> None:
     assert logged == {"fiited 50%"}
 
 
-@pytest.fixture
-def base(tmp_path: Path, synthetic: tuple[Path, Path]) -> Config:
-    return load(small_config(tmp_path, *synthetic))
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, synthetic: tuple[Path, Path]) -> Config:
+    return load(small_config(tmp_path_factory.mktemp("base"), *synthetic))
 
 
-def test_a_failed_trial_is_told_and_the_others_go_on(base: Config, ray_local: None) -> None:
-    good = settings_of("fiited", "60%")
-    bad = good | {"model.top": [10**15]}  # no machine has the memory
-    outcome = run_sweep(Question(base, Grid((bad, good)), Measure("auc", "eval", 0.5)), SILENT)
-    assert outcome.answer.best is not None
-    assert outcome.answer.best.settings == good
-    assert sorted(trial.state for trial in outcome.trials) == ["failed", "finished"]
-    _, children = runs_of(outcome.run.uri)
+GOOD = settings_of("qr", "40%") | {"policy.alpha": 2}
+
+
+@pytest.fixture(scope="module")
+def half_failed(base: Config, ray_local: None) -> Outcome:
+    """A grid of a trial that trains and one whose two workers meet a bad row. Each has to end its own run: the sweep does not."""
+    table = pq.read_table(base.data.train[0]).slice(0, 3000)
+    values = table["d1"].to_numpy().copy()
+    values[2500] = np.nan
+    table = table.set_column(table.schema.names.index("d1"), "d1", pa.array(values, pa.float32(), from_pandas=False))
+    pq.write_table(table, Path(base.output).parent / "bad.parquet")
+    bad = settings_of("fiited", "none") | {"data.train": (str(Path(base.output).parent / "bad.parquet"),), "train.workers": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "end_children", lambda *arguments: None)
+        return run_sweep(Question(base, Grid((bad, GOOD)), Measure("auc", "eval", 0.5)), SILENT)
+
+
+def test_a_failed_trial_is_told_and_the_others_go_on(half_failed: Outcome) -> None:
+    assert half_failed.answer.best is not None
+    assert half_failed.answer.best.settings == GOOD
+    assert sorted(trial.state for trial in half_failed.trials) == ["failed", "finished"]
+
+
+def test_a_workers_error_is_told_with_its_cause_and_the_run_is_marked_failed(half_failed: Outcome) -> None:
+    (error,) = [trial.error for trial in half_failed.trials if trial.error]
+    assert re.match(r"worker \d: .*dense column 'd1', row", error)
+    assert "dense column 'd1', row" in half_failed.table
+    _, children = runs_of(half_failed.run.uri)
     assert sorted(run.info.status for run in children) == ["FAILED", "FINISHED"]
 
 
-def test_a_search_reports_scores_on_the_way_and_is_taken_up_again_for_more_trials(base: Config, ray_local: None) -> None:
-    space = (("fiited",), parse_budgets("40%..80%"), parse_vary(["policy.alpha=2,4"]))
-    question = Question(base, Search(*space, trials=1), Measure("auc", "eval", 0.5))
-    first = run_sweep(question, SILENT)
-    assert len(first.trials) == 1
-    client = MlflowClient(first.run.uri)
-    history = client.get_metric_history(first.trials[0].run_id, "eval/auc")
-    assert len({each.step for each in history}) >= 4  # at each quarter, by which ASHA decides
+def test_a_method_that_fixes_its_rows_trains_within_the_budget_and_its_saved_model_scores_the_same(
+    base: Config, half_failed: Outcome, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, trial = make_plan(base.with_settings(GOOD)), half_failed.answer.best
+    assert trial is not None
+    assert plan.config.embedding.rows
+    assert trial.metrics["bytes/peak_of_run"] <= (plan.budget_bytes or 0)
+    assert trial.metrics["parameters/kept_share"] < 0.5  # of the ids that the files hold, not of the rows they share
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", trial.model_folder])
+    capsys.readouterr()
+    assert runpy.run_path(str(ROOT / "jobs" / "evaluate.py"))["main"]() == 0
+    assert f"AUC {trial.metrics['eval/auc']:.4f}" in capsys.readouterr().out
+
+
+def test_a_search_reports_scores_on_the_way_and_begins_with_what_is_known(base: Config, half_failed: Outcome) -> None:
+    # what is new, at 61%, is of another octave than what is known, which then cannot stop it early
+    space = (("fiited", "qr"), parse_budgets("40%..90%"), parse_vary(["policy.alpha=2,4"]))
     lines: list[str] = []
-    again = run_sweep(dataclasses.replace(question, asked=Search(*space, trials=2)), lines.append)
-    assert len(again.trials) == 2
-    assert first.trials[0] in again.trials
+    outcome = run_sweep(Question(base, Search(*space, trials=2), Measure("auc", "eval", 0.5)), lines.append)
+    known = [trial for trial in half_failed.trials if trial.state == "finished"]
+    (new,) = [trial for trial in outcome.trials if trial not in known]
+    assert len(outcome.trials) == 2
     assert [line for line in lines if "known from before" in line]
+    history = MlflowClient(outcome.run.uri).get_metric_history(new.run_id, "eval/auc")
+    assert len({each.step for each in history}) >= 4  # at each quarter, by which ASHA decides
 
 
 def test_a_trial_is_stopped_early_only_by_trials_of_like_budget() -> None:
@@ -145,12 +183,14 @@ def test_a_trial_is_stopped_early_only_by_trials_of_like_budget() -> None:
 
 @pytest.fixture(scope="module")
 def server(sweep: Sweep) -> Iterator[str]:
-    """Address of `mlflow ui` on the sweep's store, with the arguments that `make ui` and the jobs name."""
+    """Address of `mlflow ui` on the sweep's store, as `make ui` starts it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with subprocess.Popen([*command, "--backend-store-uri", sweep.uri], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    command += ["--backend-store-uri", sweep.uri]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         address = f"http://127.0.0.1:{port}"
         try:
             while process.poll() is None:
