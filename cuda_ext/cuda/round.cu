@@ -36,9 +36,7 @@ void DeviceShard::grow() {
 }
 
 void DeviceShard::change_width(int width, bool growing) {
-  const int64_t free =
-      ledger_.limit() == Memory::kUnlimited ? int64_t{kMostInWave} * layout_.stride(layout_.chunks) : ledger_.limit() - ledger_.used();
-  uint32_t wave = static_cast<uint32_t>(std::clamp<int64_t>(free / layout_.stride(layout_.chunks), 64, kMostInWave));
+  uint32_t wave = kMostInWave;  // rows that leave take memory before they give theirs back: fewer at a time where there is little
   for (uint32_t end = pools_.count(width); end > 0;) {
     const uint32_t size = std::min(wave, end);
     if (change_rows(width, growing, end - size, end)) {
