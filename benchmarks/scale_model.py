@@ -279,7 +279,7 @@ def cpu_cluster(costs: Costs = Costs()) -> Cluster:
 
 
 def gpu_cluster(costs: Costs = Costs()) -> Cluster:
-    """Machines of 8 NVIDIA H100 SXM. There is no CUDA store here to measure: published figures, and what is assumed says so.
+    """Machines of 8 NVIDIA H100 SXM. Published figures, not the store's own of docs/store.md, and what is assumed says so.
 
     Memory 80 GB (64 for embeddings, assumed) at 3.35 TB/s, 67 TFLOP/s in float32, NVLink 900 GB/s both ways together: NVIDIA H100
     data sheet. ConnectX-7 NDR InfiniBand, 400 Gb/s for each GPU, and 112 cores a machine: NVIDIA DGX H100 data sheet. Random rows at
