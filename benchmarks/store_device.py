@@ -1,9 +1,9 @@
 """The store's speed on a GPU, against the bytes that must move: `benchmarks/store.py --device cuda --json FILE`.
 Without Ray: `benchmarks/store_device.py cuda FILE`.
 
-Synthetic ids. Times are medians between CUDA events, batches already on the device, dedup included where it says `step`. The device is
-kept busy until the host has launched what is timed, as it is in a training loop; in a step, the host waits for the device twice. Bytes by the
-counts of N lookups and U distinct ids of width D (float32), K state numbers for each value:
+Synthetic ids. Times are medians between CUDA events, batches already on the device, dedup included where it says `step`. The device
+is kept busy until the host has launched what is timed, as it is in a training loop; in a step, the host waits for the device twice.
+Bytes by the counts of N lookups and U distinct ids of width D (float32), K state numbers for each value:
 
     find     64 B index line + 16 B header + 8 B key + 5 B answer, each key        gather   2 * U*D*4
     step     U*D*4 + N*D*4 forward, N*D*4 + 2*U*D*4*(1 + K) backward, and 8*U with row-wise Adagrad
