@@ -51,8 +51,9 @@ def compile_all(nvcc: str, folder: Path) -> list[str]:
             raise SystemExit(f"fiited-ray: nvcc does not compile {source}")
         return str(to)
 
+    longest_first = sorted((SOURCES / "cuda").glob("*.cu"), key=lambda source: source.stat().st_size, reverse=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compile_one, sorted((SOURCES / "cuda").glob("*.cu"))))
+        return list(pool.map(compile_one, longest_first))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def assert_same(shard: VhpiShard, twin: ReferenceShard) -> None:
     torch.testing.assert_close(ours.state, theirs.state.cpu(), rtol=1e-3, atol=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     optimizer=st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam"]),

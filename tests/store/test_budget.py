@@ -22,7 +22,7 @@ def train(shard: VhpiShard, random: np.random.Generator, step: int, lookups: int
     shard.update(found, fold(gradient, found.widths, shard.spec), None, 0.1, step)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     budget=st.integers(120_000, 3_000_000),
