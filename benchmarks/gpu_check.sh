@@ -20,7 +20,7 @@ part() {  # part NAME SECONDS COMMAND...
   tail -n 3 "$out/$name.log"
 }
 
-# The sanitizer slows kernels down a hundred times: a few of the tests, on the GPU only.
+# The sanitizer slows kernels down many times: a few of the tests, on the GPU only.
 sanitized() {
   compute-sanitizer --tool "$1" --error-exitcode 9 "$python" -m pytest -q -x --confcutdir=tests/store tests/store/test_silent_faults.py \
     -k "cuda and (comes_back or wins or adam)"

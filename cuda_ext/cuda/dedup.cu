@@ -12,20 +12,19 @@ void check_size(int64_t n) {
 }
 
 // Positions in a hash table: one that comes to an equal one leaves the lower of both there, so that the result does not depend on who comes
-// first. Finds each position's slot; `hash_of(i)` and `equal(i, j)` say which are equal.
-template <class HashOf, class Equal>
-void find_slots(Stream stream, int64_t n, const HashOf& hash_of, const Equal& equal, const Scratch<int32_t>& slots, uint64_t size,
-                int32_t* slot_of) {
-  set_bytes(stream, slots.get(), 0xFF, size * sizeof(int32_t));
-  launch(stream, n, [hash_of, equal, size, slot_of, slots = slots.get()] FIITED_KERNEL(int64_t i) {
+// first. Finds each position's slot; `batch` says which are equal. `size` is a power of two.
+template <class Batch>
+void find_slots(Stream stream, int64_t n, const Batch& batch, int32_t* slots, int64_t size, int32_t* slot_of) {
+  set_bytes(stream, slots, 0xFF, size * sizeof(int32_t));
+  launch(stream, n, [batch, slots, size, slot_of] FIITED_KERNEL(int64_t i) {
     const auto mine = static_cast<int32_t>(i);
-    uint64_t at = hash_of(i) & (size - 1);
+    uint64_t at = batch.hash(i) & (size - 1);
     while (true) {
       int32_t other = read_shared(slots + at);
       if (other < 0)
         other = static_cast<int32_t>(atomic_cas(reinterpret_cast<uint32_t*>(slots + at), 0xFFFFFFFFu, static_cast<uint32_t>(mine)));
       if (other < 0) break;
-      if (equal(i, other)) {
+      if (batch.equal(i, other)) {
         if (mine < other) atomic_min(slots + at, mine);
         break;
       }
@@ -35,7 +34,7 @@ void find_slots(Stream stream, int64_t n, const HashOf& hash_of, const Equal& eq
   });
 }
 
-uint64_t slots_for(int64_t n) { return std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(2 * n, 2))); }
+int64_t slots_for(int64_t n) { return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(2 * n, 2)))); }
 
 // Keys of tables, as they arrive from other workers.
 struct Keys {
@@ -68,16 +67,7 @@ struct Ids {
 
   // The first that ends behind i.
   FIITED_DEVICE int feature(int64_t i) const {
-    int low = 0;
-    for (int high = features - 1; low < high;) {
-      const int middle = (low + high) / 2;
-      if (feature_ends[middle] > i) {
-        high = middle;
-      } else {
-        low = middle + 1;
-      }
-    }
-    return low;
+    return bisect(features - 1, [&](int at) { return feature_ends[at] <= i; });
   }
   FIITED_DEVICE uint64_t key_in(int32_t table, int64_t i) const {
     return key_of(static_cast<uint64_t>(ids[i]), table_salt(seed, static_cast<uint32_t>(table)));
@@ -104,17 +94,15 @@ struct Ids {
 // `out`. `splits` [workers] is the host's; `groups / workers` belong to each.
 template <class Batch>
 void number(Stream stream, int64_t n, const Batch& batch, uint32_t groups, int workers, Deduped& out, int64_t* splits) {
-  const uint64_t size = slots_for(n);
-  const Scratch<int32_t> slots(stream, static_cast<int64_t>(size));
+  const int64_t size = slots_for(n);
+  const Scratch<int32_t> slots(stream, size);
   const Scratch<int32_t> slot_of(stream, n);
   const Scratch<uint32_t> group_of(stream, n);
   const Scratch<uint32_t> sorted(stream, n);
   const Scratch<int32_t> positions(stream, n);
   const Scratch<int32_t> order(stream, n);
   const Scratch<int64_t> told(stream, workers + kFaultWords);  // what the host reads, in one piece
-  find_slots(
-      stream, n, [batch] FIITED_KERNEL(int64_t i) { return batch.hash(i); },
-      [batch] FIITED_KERNEL(int64_t i, int64_t j) { return batch.equal(i, j); }, slots, size, slot_of.get());
+  find_slots(stream, n, batch, slots.get(), size, slot_of.get());
   set_bytes(stream, told.get(), 0, workers * sizeof(int64_t));
   launch_tally(
       stream, n, workers,
@@ -159,12 +147,9 @@ void number(Stream stream, int64_t n, const Batch& batch, uint32_t groups, int w
 }  // namespace
 
 void find_first(Stream stream, int64_t n, const uint64_t* keys, const int32_t* tables, int32_t* first) {
-  const uint64_t size = slots_for(n);
-  const Scratch<int32_t> slots(stream, static_cast<int64_t>(size));
-  const Keys batch{keys, tables, nullptr};
-  find_slots(
-      stream, n, [batch] FIITED_KERNEL(int64_t i) { return batch.hash(i); },
-      [batch] FIITED_KERNEL(int64_t i, int64_t j) { return batch.equal(i, j); }, slots, size, first);
+  const int64_t size = slots_for(n);
+  const Scratch<int32_t> slots(stream, size);
+  find_slots(stream, n, Keys{keys, tables, nullptr}, slots.get(), size, first);
   launch(stream, n, [first, slots = slots.get()] FIITED_KERNEL(int64_t i) { first[i] = slots[first[i]]; });
 }
 

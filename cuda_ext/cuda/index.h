@@ -23,16 +23,7 @@ struct RebuiltTogether {
 
   // The last that begins at `number` or before.
   FIITED_DEVICE int find(int64_t number, int64_t Rebuilt::* first) const {
-    int low = 0;
-    for (int high = count - 1; low < high;) {
-      const int middle = (low + high + 1) / 2;
-      if (at[middle].*first <= number) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    return low;
+    return bisect(count, [&](int one) { return at[one].*first <= number; }) - 1;
   }
 };
 

@@ -70,6 +70,21 @@ void upload(Stream stream, T* device, const T* host, int64_t count) {
   if (count > 0) copy_to_device(stream, device, host, count * sizeof(T));
 }
 
+// The first of [0, count) that does not come before what is looked for; `before` holds for those that do, which stand first.
+template <class Number, class Before>
+FIITED_DEVICE Number bisect(Number count, const Before& before) {
+  Number low = 0;
+  for (Number high = count; low < high;) {
+    const Number middle = (low + high) / 2;
+    if (before(middle)) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 inline int bits_for(uint64_t highest) { return highest == 0 ? 1 : 64 - std::countl_zero(highest); }
 
 }  // namespace fiited::device

@@ -76,7 +76,7 @@ void pool_backward(void* at, const Bags& bags, int64_t n, const Real* grad_out, 
     return fold || live > dim ? dim : live;
   });
   launch_tiles<kBlocksThatSum>(stream, rows, dim, dim * static_cast<int>(sizeof(Real) / sizeof(float)),
-                               [signs = FoldSigns(), widths, fold, chunk, dim, starts, grad_values, first = order.starts(),
+                               [signs = fold_signs(), widths, fold, chunk, dim, starts, grad_values, first = order.starts(),
                                 source = order.source(), sums = groups.view()] FIITED_KERNEL(int64_t row, const Tile& tile) {
                                  const int whole = (fold ? whole_chunks(widths[row]) : widths[row]) * chunk;
                                  const int live = whole < dim ? whole : dim;

@@ -28,16 +28,7 @@ class Groups {
     const Scratch<uint32_t> keys(stream, n);
     sort_pairs(stream, n, row_of, keys.get(), values, sorted_.get(), bits_for(static_cast<uint64_t>(rows)));
     launch(stream, rows + 1, [n, keys = keys.get(), starts = starts_.get()] FIITED_KERNEL(int64_t row) {
-      int64_t low = 0;  // the first position whose row is this one or a later one
-      for (int64_t high = n; low < high;) {
-        const int64_t middle = (low + high) / 2;
-        if (keys[middle] < row) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-      starts[row] = static_cast<int32_t>(low);
+      starts[row] = static_cast<int32_t>(bisect(n, [&](int64_t at) { return keys[at] < row; }));
     });
   }
 
@@ -174,7 +165,7 @@ class GroupSummer {
   std::vector<std::unique_ptr<Scratch<Real>>> sums_;
 };
 
-// Signs of the folded gradient, at hand for all dimensions that there mostly are.
+// Signs of the folded gradient, at hand for all dimensions that there mostly are: fold_signs() has them.
 struct FoldSigns {
   static constexpr int kAtHand = 1024;
   uint32_t negative[kAtHand / 32] = {};
@@ -187,6 +178,11 @@ struct FoldSigns {
     return negative[dim / 32] >> dim % 32 & 1 ? -1.0f : 1.0f;
   }
 };
+
+inline const FoldSigns& fold_signs() {
+  static const FoldSigns signs;
+  return signs;
+}
 
 // Value `i` of the missing dimensions folded into one chunk; `sum` has all `dim` of them.
 template <class Real>

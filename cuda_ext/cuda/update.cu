@@ -207,8 +207,8 @@ void DeviceShard::learn(const Update& rows, const Source& source, const int32_t*
         learner.lookup_norm = rows.lookup_norms ? rows.lookup_norms[i] : 0.0f;
         return learner;
       },
-      [layout = layout_, scale = view.scale, signs = FoldSigns(), source, groups, gains, constants, importance = config_.importance, faults,
-       dim] FIITED_KERNEL(const Learner& learner, const Tile& tile) {
+      [layout = layout_, scale = view.scale, signs = fold_signs(), source, groups, gains, constants, importance = config_.importance,
+       faults, dim] FIITED_KERNEL(const Learner& learner, const Tile& tile) {
         if (learner.width < 0) return;
         if (learner.row != nullptr) tile.prefetch(learner.row, layout.stride(learner.width));
         const int chunk = layout.chunk;
