@@ -39,6 +39,7 @@ import torch.distributed as dist
 from settings import config_of
 
 from fiited_ray.ahead import ahead
+from fiited_ray.allocator import keep_freed_memory
 from fiited_ray.config import Config
 from fiited_ray.coordinator import GroupDecider, LocalDecider
 from fiited_ray.data import Batch, check_files, count_distinct, parquet_batches
@@ -155,6 +156,7 @@ def run_peer(task: Task, rank: int, pipe: Connection) -> None:
 
 def run_process(task: Task, rank: int, pipe: Connection) -> None:
     torch.set_num_threads(task.system.threads)
+    keep_freed_memory()
     try:
         (run_ours if task.system.kind == "ours" else run_peer)(task, rank, pipe)
     except ImportError as error:

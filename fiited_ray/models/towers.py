@@ -34,7 +34,7 @@ class Tower(nn.Module):
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
     """x [B, I] times weight [O, I], plus bias [O], with a ReLU if asked.
 
-    In float32 on a CPU by oneDNN, whose products are up to 1.6 times as fast as those that torch takes by default (MKL's) on an AMD
+    In float32 on a CPU by oneDNN, whose products are up to twice as fast as those that torch takes by default (MKL's) on an AMD
     processor. Its ReLU is not used: it makes a zero of what is not a number.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and torch.backends.mkldnn.is_available():
@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        out = _product(x, weight, bias)
         if relu:
             out.relu_()
         ctx.save_for_backward(x, weight, out if relu else None)
@@ -56,5 +56,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, weight, out = ctx.saved_tensors
         grad = grads[0] if out is None else torch.ops.aten.threshold_backward(grads[0], out, 0)
-        grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
-        return grad_x, grad.t() @ x, grad.sum(0), None
+        grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        # The first factor is copied where it is transposed: let it be the narrower.
+        grad_weight = _product(grad.t(), x.t()) if len(weight) < x.shape[1] else _product(x.t(), grad.t()).t()
+        return grad_x, grad_weight, grad.sum(0), None
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [N, K] times b [M, K] transposed, plus bias [M]: [N, M]."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return out

@@ -13,6 +13,7 @@ import ray.train.torch
 import torch
 
 from fiited_ray import checkpoint
+from fiited_ray.allocator import keep_freed_memory
 from fiited_ray.coordinator import RemoteDecider
 from fiited_ray.data import parquet_batches, ray_batches
 from fiited_ray.data.files import Files
@@ -37,6 +38,7 @@ def work(setup: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.train.threads)
+    keep_freed_memory()
     if config.train.use_gpu:
         use_gpu()
     logs = log_folder(setup["output"], config.name)
