@@ -37,7 +37,7 @@ class Costs:
     """Seconds of work for each item, on one core (or one GPU). Defaults: a 2-core virtual machine (AMD EPYC), see docs/scaling.json."""
 
     step: float = 3.0e-03  # once a step: Python, autograd, metrics, dense optimizer
-    group: float = 6.3e-03  # once a step of several workers: DistributedDataParallel, and what Python does around exchanges
+    group: float = 6.3e-03  # once a step of several workers: what Python does around exchanges
     decode: float = 1.0e-06  # a row of the GLOBAL batch: every worker decodes all Parquet columns
     collate: float = 1.8e-07  # a row of the worker's own batch
     dedup: float = 1.1e-08  # a lookup

@@ -102,8 +102,7 @@ class _Reading:
 class ShardedEmbedding(nn.Module):
     """All embedding tables of a model.
 
-    In training mode a backward pass updates the store: there is no optimizer step to call. Gradients of several workers are
-    averaged, as DistributedDataParallel does with dense ones.
+    In training mode a backward pass updates the store: there is no optimizer step to call. Gradients of several workers are added.
 
     Args:
         shard: this worker's part of the store.
@@ -279,14 +278,14 @@ class ShardedEmbedding(nn.Module):
             return
         assert route.owner_inverse is not None
         with self.times.phase("route"):
-            gradients = ops.wire_gradients(grad_pooled, reading.widths, reading.bags).div_(self.exchange.workers)
+            gradients = ops.wire_gradients(grad_pooled, reading.widths, reading.bags)
             norms = self._lookup_norms(grad_pooled, reading)
             asked_widths = reading.found.widths[route.owner_inverse]
             send = splits(ops.gradient_sizes(reading.widths, spec.chunk, spec.chunks), route.send)
             receive = splits(ops.gradient_sizes(asked_widths, spec.chunk, spec.chunks), route.receive)
             arrived = self.exchange.all_to_all(gradients, send, receive)
             if norms is not None:
-                arrived_norms = self.exchange.all_to_all(norms.div_(self.exchange.workers), route.send, route.receive)
+                arrived_norms = self.exchange.all_to_all(norms, route.send, route.receive)
                 norms = arrived_norms.new_zeros(reading.found.widths.numel()).index_add_(0, route.owner_inverse, arrived_norms)
         with self.times.phase("update"):
             self.shard.update(reading.found, arrived, norms, self.lr, self.step, reading.quota, route.owner_inverse)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fiited_ray.sockets import Peers
 
+_FEW = 1024  # values to be summed: more go on their way in parts
+
 
 class Exchange(Protocol):
     """The collective operations an embedding needs. Every worker calls each of them in the same order."""
@@ -74,14 +76,26 @@ class Group:
         return out
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        if values.device.type == "cpu":  # sums are small: all send all, and each adds in the order of ranks
-            all_values = torch.empty((self.workers, *values.shape), dtype=values.dtype)
-            parts = [values.element_size() * values.numel()] * self.workers
-            self._peers.all_to_all(all_values, values.expand_as(all_values).contiguous(), parts, parts)
-            return all_values.sum(0, dtype=values.dtype)
-        out = values.clone()
-        dist.all_reduce(out, group=self.group)
-        return out
+        if values.device.type != "cpu":
+            out = values.clone()
+            dist.all_reduce(out, group=self.group)
+            return out
+        flat = values.reshape(-1)
+        if flat.numel() <= _FEW:  # all send all
+            return self._sum(flat.expand(self.workers, -1), [flat.numel()] * self.workers).view_as(values)
+        # Each sums a part of them, and tells all others.
+        parts = [len(part) for part in flat.tensor_split(self.workers)]
+        mine, all_values = self._sum(flat, parts), torch.empty_like(flat)
+        sizes = [values.element_size() * part for part in parts]
+        self._peers.all_to_all(all_values, mine.repeat(self.workers), [sizes[self.rank]] * self.workers, sizes)
+        return all_values.view_as(values)
+
+    def _sum(self, values: Tensor, parts: list[int]) -> Tensor:
+        """Send the first parts[0] of the values to worker 0, and so on; what came from all workers, added in the order of ranks."""
+        arrived = values.new_empty((self.workers, parts[self.rank]))
+        size = values.element_size()
+        self._peers.all_to_all(arrived, values.contiguous(), [size * part for part in parts], [size * arrived.shape[1]] * self.workers)
+        return arrived.sum(0, dtype=values.dtype)
 
     def another(self) -> Group:
         return Group(dist.new_group(dist.get_process_group_ranks(self.group), self._timeout), self._timeout)

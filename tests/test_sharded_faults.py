@@ -77,7 +77,7 @@ def sharded(workers: int, mean: bool, optimizer: str) -> tuple[dict[tuple[int, i
         for number in range(STEPS):
             bags, gradient = step_of(number)
             vectors = module(batch_of([feature[begin:end] for feature in bags]))
-            (vectors * gradient[begin:end]).sum().mul(workers).backward()  # workers' gradients are averaged
+            (vectors * gradient[begin:end]).sum().backward()
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, range(workers)))

@@ -60,9 +60,13 @@ def usable(worker: Worker, logits_B: Tensor, loss_sum: Tensor) -> bool:
 
 
 def learn_dense(worker: Worker) -> None:
-    """The dense parameters' step; their gradients are the same on every worker, and so is what is decided here."""
+    """The dense parameters' step; their gradients, summed here, are the same on every worker, and so is what is decided."""
+    gradients = [each.grad for each in worker.dense.parameters() if each.grad is not None]
+    if worker.exchange.workers > 1:
+        summed = worker.exchange.all_reduce(torch.cat([each.reshape(-1) for each in gradients]))
+        for gradient, part in zip(gradients, summed.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
     if worker.config.train.not_finite == "skip":
-        gradients = [each.grad for each in worker.dense.parameters() if each.grad is not None]
         if not all(bool(torch.isfinite(each).all()) for each in gradients):
             _log.warning("step %d: the dense parameters' gradient is not finite; they skip the step", worker.step)
             worker.skipped.count(worker.step)

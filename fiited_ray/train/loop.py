@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from fiited_ray.ahead import ahead
@@ -99,8 +98,7 @@ class Worker:
         )
         self.dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
         self.dense.to(self.device)
-        self.model: nn.Module = DistributedDataParallel(self.dense) if self.exchange.workers > 1 else self.dense
-        self.optimizer = dense_optimizer(config, self.model)
+        self.optimizer = dense_optimizer(config, self.dense)
         self.schedule = RoundSchedule(config.policy)
         self.threshold = 0.0  # the global one, in force since the last round
         self.losses: list[float] = []  # of the global batches
@@ -170,19 +168,19 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: 
 def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None:
     """Forward, backward and both updates on this worker's slice of a global batch; `route` is the batch's, where it has been made ahead.
 
-    The loss is the mean over the global batch, so slices may differ in size or be empty: each worker's share is scaled such that
-    averaging over workers, as DistributedDataParallel and the embedding do, gives that mean.
+    The loss is the mean over the global batch, so slices may differ in size or be empty: each worker's is its share of that mean, and
+    gradients are added over workers.
     """
-    worker.model.train()
+    worker.dense.train()
     worker.embedding.train()
     if route is None:
         with worker.times.phase("route"):
             route = worker.embedding.route(batch)
     vectors_BFD = worker.embedding(batch, route)
     with worker.times.phase("model"):
-        logits_B = worker.model(batch.dense, vectors_BFD)
+        logits_B = worker.dense(batch.dense, vectors_BFD)
         loss_sum = nn.functional.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="sum")
-        loss = loss_sum * (worker.exchange.workers / max(1, route.rows))
+        loss = loss_sum / max(1, route.rows)
         worker.optimizer.zero_grad(set_to_none=True)
     worker.skipped_rows += batch.skipped
     if not usable(worker, logits_B, loss_sum):
@@ -270,7 +268,7 @@ def _resize(worker: Worker, decision: Decision) -> None:
 
 def evaluate(worker: Worker, batches: Iterable[Batch]) -> dict[str, float]:
     """Score batches without learning; metrics over all workers."""
-    worker.model.eval()
+    worker.dense.eval()
     worker.embedding.eval()
     metrics = BinaryMetrics()
     with torch.no_grad():

@@ -201,6 +201,7 @@ def test_rows_and_sums_keep_shape_and_dtype_and_the_bytes_that_leave_are_counted
             torch.full((2, 3), 0.25, dtype=torch.float64),
             torch.zeros(0),
             torch.tensor(1, dtype=torch.int32),
+            rank + torch.arange(4000, dtype=torch.int32).reshape(40, 100).t(),  # many: by parts, which are not equal
         )
         return rows, [group.all_reduce(each) for each in numbers], group.bytes_sent
 
@@ -208,8 +209,9 @@ def test_rows_and_sums_keep_shape_and_dtype_and_the_bytes_that_leave_are_counted
         for rank, (rows, sums, sent) in enumerate(pool.map(work, range(3))):
             assert rows.dtype == torch.int32
             assert rows.tolist() == [[other, other] for other in range(3) for _ in range(rank)]
-            assert [each.dtype for each in sums] == [torch.int64, torch.float64, torch.float32, torch.int32]
-            assert [each.tolist() for each in sums] == [[3, 3 * 2**40], [[0.75] * 3] * 2, [], 3]
+            assert [each.dtype for each in sums] == [torch.int64, torch.float64, torch.float32, torch.int32, torch.int32]
+            assert [each.tolist() for each in sums[:4]] == [[3, 3 * 2**40], [[0.75] * 3] * 2, [], 3]
+            assert sums[4].equal((3 + 3 * torch.arange(4000, dtype=torch.int32)).reshape(40, 100).t())
             assert sent == (3 - rank) * 2 * 4
 
 
