@@ -233,6 +233,15 @@ Tensor lookup_norms(Tensor grad_out, int64_t rows, Tensor inverse, Tensor offset
   return out;
 }
 
+Tensor clear_odd(Tensor gradients, int64_t dim, double longest) {
+  const int64_t n = gradients.numel() / dim;
+  read<float>(gradients, ScalarType::Float, "gradients", n * dim);
+  Tensor found = make(1, ScalarType::Long);
+  *static_cast<int64_t*>(found.mutable_data_ptr()) =
+      fiited::clear_odd(n, static_cast<int>(dim), static_cast<float>(longest), static_cast<float*>(gradients.mutable_data_ptr()));
+  return found;
+}
+
 // ---- a lookup's rows, pooled ------------------------------------------------------------------------------------------
 
 Tensor store_pool(int64_t handle, Tensor addresses, Tensor widths, Tensor inverse, Tensor offsets, std::optional<Tensor> weights,
@@ -399,6 +408,7 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("pool_backward", TORCH_BOX(&pool_backward));
   m.impl("pool_weights_backward", TORCH_BOX(&pool_weights_backward));
   m.impl("lookup_norms", TORCH_BOX(&lookup_norms));
+  m.impl("clear_odd", TORCH_BOX(&clear_odd));
   m.impl("interact", TORCH_BOX(&interact));
   m.impl("interact_backward", TORCH_BOX(&interact_backward));
   m.impl("hash_strings", TORCH_BOX(&hash_strings));

@@ -283,6 +283,7 @@ void define(Library& m) {
   m.def(
       "lookup_norms(Tensor grad_out, int rows, Tensor inverse, Tensor offsets, Tensor? weights, int features, bool mean, int dim) -> "
       "Tensor");
+  m.def("clear_odd(Tensor(a!) gradients, int dim, float longest) -> Tensor");
 }
 
 }  // namespace fiited::binding

@@ -136,7 +136,7 @@ class ShardedEmbedding(nn.Module):
         self.ceiling_bytes = ceiling_bytes
         self.times = times or PhaseTimes()
         self.skip_not_finite = skip_not_finite
-        self.skipped_bags = 0  # whose gradient was not finite
+        self._skipped_bags = torch.zeros(1, dtype=torch.int64)  # counted where the gradients are
         self.stop_asked = False  # this worker is to end
         self.stop_agreed = False  # some worker is, as all of them know since the last training batch
         self.step = 0  # training batches seen
@@ -190,6 +190,11 @@ class ShardedEmbedding(nn.Module):
         if not self.training:
             return pooled
         return cast(Tensor, _Update.apply(pooled, self._anchor, self, reading))  # type: ignore[no-untyped-call]
+
+    @property
+    def skipped_bags(self) -> int:
+        """Bags whose gradient was not finite, of this worker's."""
+        return int(self._skipped_bags)
 
     @property
     def crowded(self) -> bool:
@@ -267,10 +272,7 @@ class ShardedEmbedding(nn.Module):
         spec, route = self.shard.spec, reading.route
         grad_pooled = grad_pooled.contiguous()
         if self.skip_not_finite:
-            odd = ~(torch.linalg.vector_norm(grad_pooled, dim=2, keepdim=True) <= _LONGEST_GRADIENT)  # NaN is odd, too
-            if bool(odd.any()):
-                self.skipped_bags += int(odd.sum())
-                grad_pooled = grad_pooled.masked_fill(odd, 0.0)
+            self._skipped_bags = self._skipped_bags.to(grad_pooled.device) + ops.clear_odd(grad_pooled, _LONGEST_GRADIENT)
         if self.exchange.workers == 1:
             with self.times.phase("update"):
                 norms = self._lookup_norms(grad_pooled, reading)

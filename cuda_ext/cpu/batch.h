@@ -66,6 +66,9 @@ void pool_weights_backward(const Bags& bags, const Real* grad_out, const Real* v
 // Sum over each row's lookups of the norm of the lookup's own gradient: norms [rows].
 void lookup_norms(const Bags& bags, const float* grad_out, int64_t rows, float* norms);
 
+// Makes zeros of each of the n vectors that is longer than that, or not finite; returns how many.
+int64_t clear_odd(int64_t n, int dim, float longest, float* vectors);
+
 // 64-bit hashes of n strings, keyed by the seed; string i is bytes[offsets[i]] up to bytes[offsets[i + 1]]. Stable: saved models
 // depend on them.
 void hash_strings(int64_t n, const int64_t* offsets, const uint8_t* bytes, uint64_t seed, int64_t* out);

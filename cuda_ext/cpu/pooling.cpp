@@ -1,3 +1,4 @@
+#include <atomic>
 #include <cmath>
 
 #include "cpu/bags.h"
@@ -7,6 +8,7 @@ namespace fiited {
 namespace {
 
 constexpr int64_t kRowsPerTask = 1024;
+constexpr int64_t kVectorsPerTask = 8192;
 
 // Numbers stored as they are.
 template <class Real>
@@ -64,6 +66,19 @@ void lookup_norms(const Bags& bags, const float* grad_out, int64_t rows, float* 
           row, [&](float factor, const float* g) { norms[row] += std::abs(factor) * std::sqrt(sum_of_squares(bags.dim(), g)); });
     }
   });
+}
+
+int64_t clear_odd(int64_t n, int dim, float longest, float* vectors) {
+  std::atomic<int64_t> found{0};
+  for_each_range(n, kVectorsPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* const vector = vectors + i * dim;
+      if (sum_of_squares(dim, vector) <= longest * longest) continue;  // never true of NaN
+      std::fill_n(vector, dim, 0.0f);
+      ++found;
+    }
+  });
+  return found;
 }
 
 template void pool<float>(const Bags&, const float*, const int64_t*, const uint8_t*, float*);

@@ -54,6 +54,8 @@ void pool_weights_backward(void* stream, const Bags& bags, int64_t n, const Real
                            const uint8_t* widths, Real* grad_weights);
 // Sum over each row's lookups of the norm of the lookup's own gradient: norms [rows].
 void lookup_norms(void* stream, const Bags& bags, int64_t n, const float* grad_out, int64_t rows, float* norms);
+// Makes zeros of each of the n vectors that is longer than that, or not finite; counts them in found[0].
+void clear_odd(void* stream, int64_t n, int dim, float longest, float* vectors, int64_t* found);
 
 // How often the host has read from the device, and so waited for it.
 int64_t host_reads();

@@ -259,6 +259,15 @@ Tensor lookup_norms(Tensor grad_out, int64_t rows, Tensor inverse, Tensor offset
   return out;
 }
 
+Tensor clear_odd(Tensor gradients, int64_t dim, double longest) {
+  const OnDevice on(gradients);
+  const int64_t n = gradients.numel() / dim;
+  read<float>(gradients, ScalarType::Float, "gradients", n * dim);
+  Tensor found = make_beside(gradients, {1}, ScalarType::Long);
+  device::clear_odd(on.stream(), n, static_cast<int>(dim), static_cast<float>(longest), data<float>(gradients), data<int64_t>(found));
+  return found;
+}
+
 // How often the host has read from the device, and so waited for it.
 int64_t host_reads() { return device::host_reads(); }
 
@@ -290,4 +299,5 @@ STABLE_TORCH_LIBRARY_IMPL(FIITED_NAMESPACE, FIITED_KEY, m) {
   m.impl("pool_backward", TORCH_BOX(&pool_backward));
   m.impl("pool_weights_backward", TORCH_BOX(&pool_weights_backward));
   m.impl("lookup_norms", TORCH_BOX(&lookup_norms));
+  m.impl("clear_odd", TORCH_BOX(&clear_odd));
 }

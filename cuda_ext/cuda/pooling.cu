@@ -137,6 +137,18 @@ void lookup_norms(void* at, const Bags& bags, int64_t n, const float* grad_out, 
   check_faults(stream);
 }
 
+void clear_odd(void* at, int64_t n, int dim, float longest, float* vectors, int64_t* found) {
+  const auto stream = static_cast<Stream>(at);
+  set_bytes(stream, found, 0, sizeof(int64_t));
+  launch_tiles(stream, n, dim, 0, [dim, most = longest * longest, vectors, found] FIITED_KERNEL(int64_t i, const Tile& tile) {
+    float* const vector = vectors + i * dim;
+    if (tile.sum(dim, [&](int d) { return vector[d] * vector[d]; }) <= most) return;  // never true of NaN
+    tile.sync();                                                                      // all lanes have read it
+    tile.each(dim, [&](int d) { vector[d] = 0; });
+    tile.once([&] { atomic_add(found, int64_t{1}); });
+  });
+}
+
 template void pool<float>(void*, const Bags&, int64_t, int64_t, const float*, int64_t, const uint8_t*, float*);
 template void pool<double>(void*, const Bags&, int64_t, int64_t, const double*, int64_t, const uint8_t*, double*);
 template void pool_backward<float>(void*, const Bags&, int64_t, const float*, int64_t, const int64_t*, const uint8_t*, bool, float*);

@@ -100,6 +100,12 @@ def lookup_norms(grad_pooled: Tensor, rows: int, bags: Bags) -> Tensor:
     return norms
 
 
+def clear_odd(gradients: Tensor, longest: float) -> Tensor:
+    """Make zeros of the vectors (float32 [..., D], contiguous) that are longer, or not finite; int64 [1]: how many, on their device."""
+    found: Tensor = ops(gradients.device.type).clear_odd(gradients, gradients.shape[-1], longest)
+    return found
+
+
 def gradient_sizes(widths: Tensor, chunk: int, chunks: int) -> Tensor:
     """int64 [U]: numbers that a row's gradient takes on the wire."""
     return torch.where(widths == 0, 1, (widths.long() + 1).clamp(max=chunks)) * chunk

@@ -67,7 +67,7 @@ def learn_dense(worker: Worker) -> None:
         for gradient, part in zip(gradients, summed.split([each.numel() for each in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
     if worker.config.train.not_finite == "skip":
-        if not all(bool(torch.isfinite(each).all()) for each in gradients):
+        if not bool(torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all()):  # the host reads one number
             _log.warning("step %d: the dense parameters' gradient is not finite; they skip the step", worker.step)
             worker.skipped.count(worker.step)
             return

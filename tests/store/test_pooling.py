@@ -118,3 +118,17 @@ def test_offsets_that_cannot_be_are_refused(offsets: list[int], message: str) ->
     values, widths, bags = example(torch.float32, weighted=False, mean=False)
     with pytest.raises(RuntimeError, match=message):
         ops.pool(values, widths, bags._replace(offsets=torch.tensor(offsets)))
+
+
+@pytest.mark.parametrize("dim", [1, 5, 8, 33])
+def test_vectors_that_are_too_long_or_not_finite_are_cleared_and_counted(dim: int) -> None:
+    good = torch.randn(50, 3, dim, generator=torch.Generator().manual_seed(0))
+    odd = good.clone()
+    odd[0, 0, 0], odd[7, 2, -1], odd[8, 1, dim // 2], odd[49, 2, 0] = float("nan"), float("inf"), -float("inf"), 2e12
+    odd[20, 1, 0] = good[20, 1, 0] = 9e11  # not too long
+    assert ops.clear_odd(odd, 1e12).tolist() == [4]
+    expected = good.clone()
+    expected[[0, 7, 8, 49], [0, 2, 1, 2]] = 0
+    assert torch.equal(odd, expected)
+    assert ops.clear_odd(odd, 1e12).tolist() == [0]
+    assert ops.clear_odd(torch.empty(0, 3, dim), 1e12).tolist() == [0]
