@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from fiited_ray.ahead import ahead
 
@@ -74,3 +75,13 @@ def test_no_more_items_are_made_ahead_than_asked_for() -> None:
     next(taken)
     assert begun.acquire(timeout=10)
     taken.close()
+
+
+def test_operators_take_one_core_in_the_thread_and_as_many_as_before_outside() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert list(ahead((torch.get_num_threads() for _ in range(2)), 2, NAME)) == [1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
