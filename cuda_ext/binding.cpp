@@ -8,6 +8,7 @@
 #include "cpu/distinct.h"
 #include "cpu/interaction.h"
 #include "cpu/parallel.h"
+#include "cpu/relu.h"
 #include "cpu/shard.h"
 #include "cpu/sockets.h"
 
@@ -344,6 +345,22 @@ std::tuple<Tensor, Tensor> interact_backward(Tensor grad_out, std::optional<Tens
   return {grad_below, grad_vectors};
 }
 
+// ---- layers ---------------------------------------------------------------------------------------------------------------
+
+// The gradient before a ReLU [rows, width], the same transposed (empty if it is not wanted), and its sum over the rows.
+std::tuple<Tensor, Tensor, Tensor> relu_backward(Tensor grad_out, Tensor out, bool transposed) {
+  REQUIRE(out.dim() == 2, "out must be [rows, width]");
+  const int64_t rows = out.size(0), width = out.size(1);
+  const auto* grad = read<float>(grad_out, ScalarType::Float, "grad_out", rows * width);
+  Tensor before = torch::stable::empty({rows, width}, ScalarType::Float);
+  Tensor columns = torch::stable::empty({width, transposed ? rows : 0}, ScalarType::Float);
+  Tensor sums = make(width, ScalarType::Float);
+  fiited::relu_backward(
+      rows, static_cast<int>(width), grad, read<float>(out, ScalarType::Float, "out", -1), static_cast<float*>(before.mutable_data_ptr()),
+      transposed ? static_cast<float*>(columns.mutable_data_ptr()) : nullptr, static_cast<float*>(sums.mutable_data_ptr()));
+  return {before, columns, sums};
+}
+
 // ---- exchange ------------------------------------------------------------------------------------------------------------
 
 // Part `rank` of `rows`, in bytes, goes to this process itself, the others through their sockets.
@@ -384,6 +401,7 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   define_saving(m);
   m.def("hash_strings(Tensor offsets, Tensor bytes, int seed) -> Tensor");
   m.def("cross_ids(Tensor left, Tensor right, int seed) -> Tensor");
+  m.def("relu_backward(Tensor grad_out, Tensor out, bool transposed) -> (Tensor, Tensor, Tensor)");
   m.def("interact(Tensor? below, Tensor vectors, int columns) -> Tensor");
   m.def("interact_backward(Tensor grad_out, Tensor? below, Tensor vectors) -> (Tensor, Tensor)");
   m.def("all_to_all(int[] sockets, int rank, Tensor(a!) out, Tensor rows, int[] send, int[] receive, int operation, float timeout) -> ()");
@@ -409,6 +427,7 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("pool_weights_backward", TORCH_BOX(&pool_weights_backward));
   m.impl("lookup_norms", TORCH_BOX(&lookup_norms));
   m.impl("clear_odd", TORCH_BOX(&clear_odd));
+  m.impl("relu_backward", TORCH_BOX(&relu_backward));
   m.impl("interact", TORCH_BOX(&interact));
   m.impl("interact_backward", TORCH_BOX(&interact_backward));
   m.impl("hash_strings", TORCH_BOX(&hash_strings));

@@ -2,57 +2,19 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/tile.h"
 
 namespace fiited {
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 constexpr int kRows = 6;  // of a block: enough sums to keep the multipliers busy, few enough for the registers
 constexpr int64_t kBatchPerTask = 64;
 
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Numbers __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef float Anywhere __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
-typedef std::make_integer_sequence<int, kLanes> EachLane;
-
-inline Lanes load(const float* at) { return *reinterpret_cast<const Anywhere*>(at); }
-inline void store(float* at, Lanes x) { *reinterpret_cast<Anywhere*>(at) = x; }
-
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// A square of kLanes x kLanes numbers, a row in each vector.
-struct Tile {
-  Lanes rows[kLanes];
-
-  // Swaps rows and columns: in squares of 2 first, then of 4, up to the whole.
-  template <int half = 1>
-  void transpose() {
-#pragma GCC unroll 16
-    for (int row = 0; row < kLanes; ++row) {
-      if ((row & half) == 0) exchange<half>(rows[row], rows[row + half], EachLane());
-    }
-    if constexpr (2 * half < kLanes) transpose<2 * half>();
-  }
-
- private:
-  template <int half, int... lane>
-  static void exchange(Lanes& upper, Lanes& lower, std::integer_sequence<int, lane...>) {
-    const Lanes above = upper;
-    upper = __builtin_shufflevector(above, lower, (lane & half ? kLanes + lane - half : lane)...);
-    lower = __builtin_shufflevector(above, lower, (lane & half ? kLanes + lane : lane + half)...);
-  }
-};
 
 template <int... lane>
 constexpr Numbers counted(std::integer_sequence<int, lane...>) {

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fiited_ray.store.ops import ops
+
 
 class Tower(nn.Module):
     """Linear layers widths[0] -> widths[1] -> ..., with a ReLU behind each, behind the last one only if asked."""
@@ -55,11 +57,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, weight, out = ctx.saved_tensors
-        grad = grads[0] if out is None else torch.ops.aten.threshold_backward(grads[0], out, 0)
+        grad, narrowing = grads[0].contiguous(), len(weight) < x.shape[1]
+        # The first factor of a product has whole rows. Where it is transposed it has to be copied, so that is the narrower one.
+        if out is None:
+            columns, grad_bias = grad.t(), grad.sum(0)
+        else:
+            grad, columns, grad_bias = ops("cpu").relu_backward(grad, out, narrowing)
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        # The first factor is copied where it is transposed: let it be the narrower.
-        grad_weight = _product(grad.t(), x.t()) if len(weight) < x.shape[1] else _product(x.t(), grad.t()).t()
-        return grad_x, grad_weight, grad.sum(0), None
+        return grad_x, _product(columns, x.t()) if narrowing else _product(x.t(), grad.t()).t(), grad_bias, None
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
