@@ -11,6 +11,8 @@ namespace fiited {
 
 namespace {
 
+constexpr uint32_t kRowsListed = 1 << 16;  // by a task
+
 struct Place {  // in bytes, of a row's vector and state among those of other rows
   int64_t value, state;
 };
@@ -38,15 +40,19 @@ bool all_finite(Storage storage, const void* vector, int size) {
 }  // namespace
 
 Listed ShardRows::changed(bool all) {
-  Listed rows;
-  if (all) {
-    int64_t count = 0;
-    for (int width = 1; width <= layout_.chunks; ++width) count += pools_.count(width);
-    rows.addresses.reserve(count);
-    rows.buckets.reserve(count);
-  }
+  struct Part {
+    int width;
+    uint32_t begin, end;
+    Listed rows;
+  };
+  std::vector<Part> parts;
   for (int width = 1; width <= layout_.chunks; ++width) {
-    for (uint32_t at = 0; at < pools_.count(width); ++at) {
+    const uint32_t count = pools_.count(width);
+    for (uint32_t begin = 0; begin < count; begin += kRowsListed) parts.push_back({width, begin, std::min(count, begin + kRowsListed), {}});
+  }
+  for_each_task(static_cast<int64_t>(parts.size()), [&](int64_t task) {
+    auto& [width, begin, end, rows] = parts[task];
+    for (uint32_t at = begin; at < end; ++at) {
       const uint32_t address = pools_.address_of(width, at);
       RowHeader& header = pools_.header(address);
       if (!all && header.mark == Mark::kSaved) continue;
@@ -54,6 +60,11 @@ Listed ShardRows::changed(bool all) {
       rows.addresses.push_back(address);
       rows.buckets.push_back(static_cast<uint16_t>(bucket_of(header.key)));
     }
+  });
+  Listed rows;
+  for (const Part& part : parts) {
+    rows.addresses.insert(rows.addresses.end(), part.rows.addresses.begin(), part.rows.addresses.end());
+    rows.buckets.insert(rows.buckets.end(), part.rows.buckets.begin(), part.rows.buckets.end());
   }
   return rows;
 }
