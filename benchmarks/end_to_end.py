@@ -4,9 +4,10 @@
 
 Without --config the data are synthetic, in Criteo's shape, made into a temporary folder. All systems read the same Parquet files with the
 same reader (its thread included), batch size, towers, dense optimizer and D. Single-process ones have two threads; ours is measured as
-one process with two threads and as two processes with one, and the faster of these is its headline (`ours_full`). Each system has
-processes of its own. They take turns, one runs at a time, and figures are medians over turns. All of them measure on the same batches:
-ours has trained on all before, the peers, whose speed does not depend on what was learned, on the last few of these.
+one process with two threads and as two processes with one, and the faster of these is its headline (`ours_full`); `apart` are two that
+tell each other nothing, which is what two workers could reach at most. Each system has processes of its own. They take turns, one runs
+at a time, and figures are medians over turns. All of them measure on the same batches: ours has trained on all before, the peers, whose
+speed does not depend on what was learned, on the last few of these.
 
 `full`: a row for every id (peers: as many rows as distinct ids). `1/16`: ours within a sixteenth of the dense-equivalent bytes,
 everything counted; peers with a sixteenth of the rows, ids modulo that. Row-wise Adagrad, but elementwise for torch, which has no other
@@ -61,11 +62,15 @@ class System:
     share: float
     workers: int = 1
     threads: int = 2
+    apart: bool = False  # workers that tell each other nothing: each with a store of its own and its part of the batch
     borrow_dense: bool = False  # a peer with our dense part
 
     @property
     def name(self) -> str:
-        shape = f"_{self.workers}x{self.threads}" if self.kind == "ours" else "_our_dense" if self.borrow_dense else ""
+        if self.kind == "ours":
+            shape = f"_{self.workers}x{self.threads}{'_apart' if self.apart else ''}"
+        else:
+            shape = "_our_dense" if self.borrow_dense else ""
         return f"{self.kind}_{label(self.share)}{shape}"
 
 
@@ -121,13 +126,16 @@ def endless(config: Config, rank: int, workers: int, prepare: Callable[[Batch], 
 
 def run_ours(task: Task, rank: int, pipe: Connection) -> None:
     system, config = task.system, task.config
-    if system.workers > 1:
+    together = 1 if system.apart else system.workers
+    if system.apart:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=config.train.batch_size // system.workers))
+    if together > 1:
         dist.init_process_group("gloo", f"file://{task.folder}/store", rank=rank, world_size=system.workers)
     row_bytes = dense_row_bytes(config.embedding)
     budget = None if system.share == 1 else int(sum(task.distinct) * row_bytes * system.share)
-    decider = GroupDecider(config.policy) if system.workers > 1 else LocalDecider(config.policy)
+    decider = GroupDecider(config.policy) if together > 1 else LocalDecider(config.policy)
     worker = Worker(config, budget, make_exchange(), decider)
-    turns = Turns(task, endless(config, rank, system.workers), pipe)
+    turns = Turns(task, endless(config, rank % together, together), pipe)
     turns.mark = lambda: (len(worker.history.steps), worker.step, worker.exchange.bytes_sent)
 
     def tell(begin: tuple[int, int, int], end: tuple[int, int, int]) -> dict[str, float]:
@@ -232,6 +240,7 @@ def label(share: float) -> str:
 
 def systems(shares: list[float], borrow_dense: bool) -> list[System]:
     found = [System("ours", share, workers, threads) for share in shares for workers, threads in ((1, 2), (2, 1), (1, 1))]
+    found.append(System("ours", 1.0, 2, 1, apart=True))
     found += [System(kind, share) for share in shares for kind in peers.PEERS]
     if borrow_dense:
         found += [System(kind, share, borrow_dense=True) for share in shares for kind in peers.PEERS]
@@ -256,6 +265,7 @@ def conclude(figures: dict[str, dict[str, Any]], shares: list[float]) -> dict[st
                 result[key][size] = ours / max(found)
                 if size != "full" and ("full", borrowed) in best_peer:
                     result[key][f"{size}_vs_full"] = ours / best_peer["full", borrowed]
+    result["scaling_1_to_2_apart"] = (rates["ours_full_2x1_apart"] or 0) / (rates["ours_full_1x1"] or 1)
     return {"samples_per_s": rates} | result
 
 
