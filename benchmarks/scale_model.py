@@ -36,26 +36,26 @@ NOT_ROWS = 0.02 + 1 / 40 + 0.01  # of the budget: sketch, structure, headroom
 class Costs:
     """Seconds of work for each item, on one core (or one GPU). Defaults: a 2-core virtual machine (AMD EPYC), see docs/scaling.json."""
 
-    step: float = 3.0e-03  # once a step: Python, autograd, metrics, dense optimizer
-    group: float = 6.3e-03  # once a step of several workers: what Python does around exchanges
-    decode: float = 1.0e-06  # a row of the GLOBAL batch: every worker decodes all Parquet columns
-    collate: float = 1.8e-07  # a row of the worker's own batch
-    dedup: float = 1.1e-08  # a lookup
-    merge: float = 1.3e-08  # a key asked of an owner
-    lookup: float = 5.4e-08  # a distinct key at its owner
-    read: float = 6.4e-09  # a key answered
-    read_value: float = 7.0e-10  # a number of its vector
-    pool_value: float = 1.0e-09  # a number of a lookup's vector
-    fold_value: float = 1.5e-09  # a number of a lookup's gradient
-    update: float = 4.2e-08  # a distinct key updated by its owner
-    update_value: float = 1.1e-09  # a number of its gradient
-    flop: float = 2.8e-11  # of the dense part
-    round_row: float = 1.7e-08  # a resident row: histogram, shrink, grow
-    report: float = 8.9e-04  # the coordinator: a shard's report heard and answered
-    decide: float = 5.6e-03  # the coordinator: the decision, whatever the number of shards
-    collective: float = 1.5e-04  # a collective operation, whatever the number of peers
-    message: float = 8.8e-05  # a peer of an all-to-all
-    wire_byte: float = 6.3e-10  # the processor's work to send and receive a byte
+    step: float = 1.2e-03  # once a step: Python, autograd, metrics, dense optimizer
+    group: float = 2.2e-03  # once a step of several workers: what Python does around exchanges
+    decode: float = 3.2e-07  # a row of the GLOBAL batch: every worker decodes all Parquet columns
+    collate: float = 1.7e-07  # a row of the worker's own batch
+    dedup: float = 5.5e-09  # a lookup
+    merge: float = 7.7e-09  # a key asked of an owner
+    lookup: float = 2.9e-08  # a distinct key at its owner
+    read: float = 7.6e-09  # a key answered
+    read_value: float = 1.9e-10  # a number of its vector
+    pool_value: float = 4.3e-10  # a number of a lookup's vector
+    fold_value: float = 5.1e-10  # a number of a lookup's gradient
+    update: float = 3.8e-08  # a distinct key updated by its owner
+    update_value: float = 1.5e-10  # a number of its gradient
+    flop: float = 5.7e-12  # of the dense part
+    round_row: float = 6.0e-09  # a resident row: histogram, shrink, grow
+    report: float = 5.3e-04  # the coordinator: a shard's report heard and answered
+    decide: float = 3.1e-03  # the coordinator: the decision, whatever the number of shards
+    collective: float = 5.3e-06  # a collective operation, whatever the number of peers
+    message: float = 1.2e-05  # a peer of an all-to-all
+    wire_byte: float = 3.1e-10  # the processor's work to send and receive a byte
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python benchmarks/soak.py --minutes 20 --json FILE
 
 Synthetic: popularity is a power law whose ranks move on through the ids, so that the store admits, evicts and resizes all the time. The
-worker processes run the training loop over gloo, without Ray, and log to nothing; the parent reads their resident memory from /proc.
+worker processes run the training loop without Ray, and log to nothing; the parent reads their resident memory from /proc.
 Bound: a worker's resident memory at the end is at most what it was before its store held anything, plus the budget, plus `ALLOWED`.
 The slope is that of a straight line through the second half of the samples.
 """
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fiited_ray.allocator import keep_freed_memory
 from fiited_ray.config import Config, DataConfig, ModelConfig, PolicyConfig, TrackingConfig, TrainConfig
 from fiited_ray.coordinator import GroupDecider
 from fiited_ray.data import Batch
@@ -68,6 +69,7 @@ def batches(rank: int, rows: int, until: float, steps: int | None) -> Iterator[B
 
 def work(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=arguments.workers)
     config = config_of(arguments.batch, arguments.workers)
     worker = Worker(config, arguments.budget, make_exchange(), GroupDecider(config.policy))
