@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from fiited_ray.store.ops import ops
+from fiited_ray.store.ops import host_ops
 
 _WORD_BYTES = 16
 _RANK_BYTES = 4
@@ -50,7 +50,7 @@ class Peers:
             RuntimeError: naming the worker that closed its connection, sent something else, or did not in time.
         """
         self._operation += 1
-        ops("cpu").all_to_all(self._descriptors, self.rank, out, rows, send, receive, self._operation, self._timeout)
+        host_ops().all_to_all(self._descriptors, self.rank, out, rows, send, receive, self._operation, self._timeout)
 
 
 def _connect_all(group: dist.ProcessGroup, rank: int, workers: int, timeout_seconds: float) -> list[socket.socket | None]:

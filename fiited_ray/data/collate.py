@@ -14,7 +14,7 @@ from torch import Tensor
 from fiited_ray.config import DataConfig
 from fiited_ray.data.batch import Batch
 from fiited_ray.data.errors import DataError
-from fiited_ray.store.ops import ops
+from fiited_ray.store.ops import host_ops
 
 NULL_ID = -(2**63)  # the id of a missing categorical value
 
@@ -68,7 +68,7 @@ class Collator:
         for first, *rest in self.config.cross:
             crossed = scalars[at[first]]
             for name in rest:
-                crossed = ops("cpu").cross_ids(crossed, scalars[at[name]], self.key)
+                crossed = host_ops().cross_ids(crossed, scalars[at[name]], self.key)
             parts.append((crossed, None))
         labels = _labels(_array(table, self.config.label), self.config.label, where)
         ids = torch.cat([each for each, _ in parts])
@@ -211,7 +211,7 @@ def _hash_strings(array: pa.Array, key: int) -> Tensor:
     content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(0, np.uint8)
     content = content[starts[0] : starts[-1]]
     bytes_ = torch.frombuffer(content, dtype=torch.uint8) if content.size else torch.empty(0, dtype=torch.uint8)
-    hashed: Tensor = ops("cpu").hash_strings(torch.from_numpy(starts - starts[0]), bytes_, key)
+    hashed: Tensor = host_ops().hash_strings(torch.from_numpy(starts - starts[0]), bytes_, key)
     return hashed
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fiited_ray.store.ops import ops
+from fiited_ray.store.ops import host_ops
 
 _ROW_MULTIPLE = 16  # floats in a cache line: matrix products write rows of whole lines about twice as fast as others
 
@@ -42,11 +42,11 @@ class _Interact(torch.autograd.Function):
     def forward(ctx: Any, below: Tensor | None, vectors: Tensor, columns: int) -> Tensor:
         below, vectors = None if below is None else below.contiguous(), vectors.contiguous()
         ctx.save_for_backward(below, vectors)
-        joined: Tensor = ops("cpu").interact(below, vectors, columns)
+        joined: Tensor = host_ops().interact(below, vectors, columns)
         return joined
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
         below, vectors = ctx.saved_tensors
-        grad_below, grad_vectors = ops("cpu").interact_backward(grads[0].contiguous(), below, vectors)
+        grad_below, grad_vectors = host_ops().interact_backward(grads[0].contiguous(), below, vectors)
         return None if below is None else grad_below, grad_vectors, None

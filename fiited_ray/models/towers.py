@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fiited_ray.store.ops import ops
+from fiited_ray.store.ops import host_ops
 
 
 class Tower(nn.Module):
@@ -62,7 +62,7 @@ class _Linear(torch.autograd.Function):
         if out is None:
             columns, grad_bias = grad.t(), grad.sum(0)
         else:
-            grad, columns, grad_bias = ops("cpu").relu_backward(grad, out, narrowing)
+            grad, columns, grad_bias = host_ops().relu_backward(grad, out, narrowing)
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         return grad_x, _product(columns, x.t()) if narrowing else _product(x.t(), grad.t()).t(), grad_bias, None
 

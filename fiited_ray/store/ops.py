@@ -52,6 +52,15 @@ def ops(device: str) -> Any:
     return _differentiable(_extension.NAMESPACES[device])
 
 
+def host_ops() -> Any:
+    """The operators beside the store's, of which there are the CPU's only: for ids, layers and sockets.
+
+    Raises:
+        ImportError: when the extension cannot be loaded.
+    """
+    return _differentiable("fiited")
+
+
 @cache
 def _differentiable(namespace: str) -> Any:
     loaded = _extension.load(namespace)
