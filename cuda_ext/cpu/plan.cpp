@@ -41,7 +41,8 @@ void ShardConfig::check_limit() const {
 }
 
 int64_t ShardConfig::fixed_bytes() const {
-  const int64_t structure = Index::fixed_bytes(partitions_log2()) + Pools::partial_bytes(layout(), granule()) + counter_bytes();
+  const auto bits = static_cast<int64_t>(Pools::bit_bytes(static_cast<size_t>(limit_bytes / row_bytes(1))));
+  const int64_t structure = Index::fixed_bytes(partitions_log2()) + Pools::partial_bytes(layout(), granule()) + bits + counter_bytes();
   // A share of the limit, not what this shard's structure happens to need: the sum over shards is then the same for any number of them.
   return std::max(structure, limit_bytes / 40) + static_cast<int64_t>(Memory::rounded(sketch_bytes()));
 }

@@ -37,6 +37,8 @@ void ShardRows::histogram(int64_t* out) const {
 
 ShardStats ShardRows::stats() {
   ShardStats s = stats_of(pools_, index_, memory_);
+  s.index += pools_.bits_bytes();
+  s.slack -= pools_.bits_bytes();
   s.distinct = distinct_.estimate();
   return s;
 }
@@ -97,6 +99,7 @@ void ShardRows::check_row(uint32_t address) const {
   const uint32_t bucket = bucket_of(header.key);
   require(bucket >= config_.first_bucket && bucket < config_.end_bucket, "its bucket " + std::to_string(bucket) + " is another shard's");
   require(find(header.key, header.table) == address, "the index does not lead to it");
+  require(header.mark != Mark::kChanged || pools_.has_bit(address), "it has changed, and saving would not see it");
   require(std::isfinite(header.importance) && header.importance >= 0, "its importance is " + std::to_string(header.importance));
   const int width = pools_.width(address);
   with_storage(config_.storage, [&](auto stored) {

@@ -1,5 +1,6 @@
 // Rows and sketch of a store in the CPU's memory, out of it and back, for checkpoints.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -11,7 +12,7 @@ namespace fiited {
 
 namespace {
 
-constexpr uint32_t kRowsListed = 1 << 16;  // by a task
+constexpr uint32_t kRowsListed = 1 << 16;  // by a task; a multiple of 64
 
 struct Place {  // in bytes, of a row's vector and state among those of other rows
   int64_t value, state;
@@ -52,13 +53,17 @@ Listed ShardRows::changed(bool all) {
   }
   for_each_task(static_cast<int64_t>(parts.size()), [&](int64_t task) {
     auto& [width, begin, end, rows] = parts[task];
-    for (uint32_t at = begin; at < end; ++at) {
-      const uint32_t address = pools_.address_of(width, at);
-      RowHeader& header = pools_.header(address);
-      if (!all && header.mark == Mark::kSaved) continue;
-      header.mark = Mark::kSaved;
-      rows.addresses.push_back(address);
-      rows.buckets.push_back(static_cast<uint16_t>(bucket_of(header.key)));
+    for (uint32_t first = begin; first < end; first += 64) {
+      uint64_t& word = pools_.words(width)[first / 64];
+      const uint64_t there = end - first < 64 ? (uint64_t{1} << (end - first)) - 1 : ~uint64_t{0};
+      for (uint64_t wanted = (all ? ~uint64_t{0} : word) & there; wanted != 0; wanted &= wanted - 1) {
+        const uint32_t address = pools_.address_of(width, first + static_cast<uint32_t>(std::countr_zero(wanted)));
+        RowHeader& header = pools_.header(address);
+        header.mark = Mark::kSaved;
+        rows.addresses.push_back(address);
+        rows.buckets.push_back(static_cast<uint16_t>(bucket_of(header.key)));
+      }
+      word = 0;
     }
   });
   Listed rows;

@@ -202,7 +202,8 @@ class ShardOf final : public ShardRows {
       return kAbsent;
     }
     std::byte* row = pools_.row(address);
-    pools_.header(address) = RowHeader{key, scaled_importance, table, Mark::kChanged};
+    pools_.header(address) = RowHeader{key, scaled_importance, table, Mark::kSaved};
+    pools_.mark_changed(address);
     if (!index_.insert(key, address, key_at())) {
       pools_.remove(address);
       ++counted_.refused;
@@ -221,7 +222,7 @@ class ShardOf final : public ShardRows {
     const uint32_t moved = pools_.remove(address);
     if (moved == kAbsent) return;
     index_.move(pools_.header(address).key, moved, address);
-    pools_.header(address).mark = Mark::kChanged;  // it stands elsewhere now
+    pools_.mark_changed(address);
   }
 
   void evict(uint32_t address) {
@@ -248,7 +249,7 @@ class ShardOf final : public ShardRows {
     std::byte* target = pools_.row(to);
     const RowHeader header = pools_.header(from);
     std::memcpy(target, source, sizeof(RowHeader) + layout_.vector_bytes(kept));
-    pools_.header(to).mark = Mark::kChanged;
+    pools_.mark_changed(to);
     initialise(target, width, kept * layout_.chunk, header.key, header.table, config_.restore_scale);
     copy_state(source + layout_.state_offset(old), old, target + layout_.state_offset(width), width);
     index_.move(header.key, from, to);
@@ -336,7 +337,7 @@ class ShardOf final : public ShardRows {
         std::byte* row = pools_.row(address);
         auto* const header = reinterpret_cast<RowHeader*>(row);
         header->importance += gain;
-        header->mark = Mark::kChanged;
+        if (header->mark != Mark::kChanged) pools_.mark_changed(address);
         apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, live, live, live_squares, key, constants);
       }
     });
@@ -391,9 +392,9 @@ class ShardOf final : public ShardRows {
       const float factor = std::ldexp(1.0f, -by);
       for (int width = 1; width <= layout_.chunks; ++width) {
         for (uint32_t at = 0; at < pools_.count(width); ++at) {
-          RowHeader& header = pools_.header(pools_.address_of(width, at));
-          header.importance *= factor;
-          header.mark = Mark::kChanged;
+          const uint32_t address = pools_.address_of(width, at);
+          pools_.header(address).importance *= factor;
+          pools_.mark_changed(address);
         }
       }
       sketch_.lower(by);
