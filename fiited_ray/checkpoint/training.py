@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,7 @@ def _restore_training(saved: Saved, worker: Worker) -> None:
     with saved.folder.tensors(saved.facts("history.safetensors")) as found:
         history = worker.history
         history.steps = tensor_of(found, "steps", (torch.int64,), where).tolist()
-        history.values = {name[7:]: tensor.tolist() for name, tensor in found.items() if name.startswith("values/")}
+        history.values = {name[7:]: array("d", tensor.tolist()) for name, tensor in found.items() if name.startswith("values/")}
         if history.steps:
             history.widths = list(tensor_of(found, "widths", (torch.int64,), where).numpy().copy())
         if "importance" in found:
@@ -178,7 +179,7 @@ def _restore_of_worker(saved: Saved, worker: Worker) -> None:
     mine = same or rank == 0
     for name in _METRICS:
         getattr(worker, name).load(sums[name] if mine else torch.zeros_like(sums[name]))
-    worker.losses = (sums["losses"] if mine else torch.zeros_like(sums["losses"])).tolist()
+    worker.losses = array("d", (sums["losses"] if mine else torch.zeros_like(sums["losses"])).tolist())
     worker.history.reported = 0
     worker.embedding.note_peak(sum(part.content["peak_bytes"] for part in parts) if mine else 0)
     sent = sum(part.content["bytes_sent"] for part in parts) if mine else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class Worker:
         self.optimizer = dense_optimizer(config, self.dense)
         self.schedule = RoundSchedule(config.policy)
         self.threshold = 0.0  # the global one, in force since the last round
-        self.losses: list[float] = []  # of the global batches
+        self.losses: array[float] = array("d")  # of the global batches
         self.skipped_rows = 0  # bad ones, of this worker's
         self.skipped = SkippedSteps()
         self.window = BinaryMetrics()  # of training batches since the last report, each scored before it was learned from

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -72,7 +73,7 @@ class History:
 
     reported: int = 0  # steps whose loss has been reported
     steps: list[int] = field(default_factory=list)
-    values: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, array[float]] = field(default_factory=dict)  # of doubles: 8 bytes a number, where a list's take 32
     widths: list[np.ndarray] = field(default_factory=list)  # rows by table and width, int64 [tables, chunks], at the same steps
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, since this worker began
     importance: tuple[float, np.ndarray] | None = None  # threshold and rows by importance bin, at the last round
@@ -90,8 +91,8 @@ class History:
     def add(self, step: int, values: Mapping[str, float], rows_by_width: np.ndarray) -> None:
         """Add a report; a name that reports before this one lacked, at first or in between, is NaN there."""
         for name, value in values.items():
-            series = self.values.setdefault(name, [])
-            series += [float("nan")] * (len(self.steps) - len(series))
+            series = self.values.setdefault(name, array("d"))
+            series.extend([float("nan")] * (len(self.steps) - len(series)))
             series.append(value)
         self.steps.append(step)
         self.widths.append(rows_by_width)
