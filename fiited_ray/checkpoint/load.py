@@ -115,6 +115,7 @@ def _load_rows(saved: Saved, rank: int, shard: VhpiShard, placed: bool) -> None:
                     shard.put(*_picked(rows, addresses, keep, shard.spec), placed=placed)
                 except RuntimeError as error:
                     raise CheckpointError(f"{where}: {error}") from error
+                del tensors, rows, addresses  # they lie in the file, which is to be let go of before the next one
         if written is not None and level < len(chain) - 1:
             written.add(_changed(each, part))
 
