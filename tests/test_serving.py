@@ -80,7 +80,7 @@ def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         data=data,
         name="served.v1",  # MLflow takes no dots
         method=request.param,
-        budget=Budget(bytes=100_000),
+        budget=Budget(bytes=120_000),
         output=str(folder / "runs"),
         embedding=EmbeddingConfig(dim=64, chunk=32),
         model=ModelConfig(bottom=(8,), top=(8,)),
