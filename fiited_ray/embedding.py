@@ -271,7 +271,7 @@ class ShardedEmbedding(nn.Module):
         """Take the gradient of the pooled vectors [B, F, D] to the rows' owners, who update."""
         spec, route = self.shard.spec, reading.route
         grad_pooled = grad_pooled.contiguous()
-        if self.skip_not_finite:
+        if self.skip_not_finite:  # in place: no other part of a model is handed this gradient
             self._skipped_bags = self._skipped_bags.to(grad_pooled.device) + ops.clear_odd(grad_pooled, _LONGEST_GRADIENT)
         if self.exchange.workers == 1:
             with self.times.phase("update"):

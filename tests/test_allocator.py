@@ -8,8 +8,9 @@ import sys
 import pytest
 
 _PROGRAM = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from fiited_ray.allocator import keep_freed_memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages (PR_SET_THP_DISABLE), whatever this machine gives unasked
 if "keep" in sys.argv:
     keep_freed_memory()
 def touch():

@@ -102,8 +102,8 @@ class Pools {
   uint32_t count(int width) const { return pools_[width - 1].count; }
   uint32_t address_of(int width, uint32_t position) const { return addresses_.of(width, position); }
 
-  // Bytes of partly filled granules at worst: one for each width, one more while a row moves between pools, and that row; a page of bits
-  // for each width.
+  // Bytes of partly filled granules at worst: one for each width, one more while a row moves between pools, and that row; of the bits'
+  // pages as many.
   static int64_t partial_bytes(const RowLayout& layout, size_t granule) {
     return (layout.chunks + 1) * static_cast<int64_t>(granule) + layout.stride(layout.chunks) +
            (layout.chunks + 1) * static_cast<int64_t>(Memory::kPage);

@@ -37,8 +37,9 @@ void ShardRows::histogram(int64_t* out) const {
 
 ShardStats ShardRows::stats() {
   ShardStats s = stats_of(pools_, index_, memory_);
-  s.index += pools_.bits_bytes();
-  s.slack -= pools_.bits_bytes();
+  const int64_t bits = pools_.bits_bytes();
+  s.index += bits;
+  s.slack -= bits;
   s.distinct = distinct_.estimate();
   return s;
 }
