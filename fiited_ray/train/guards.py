@@ -39,13 +39,16 @@ class SkippedSteps:
             )
 
 
-def usable(worker: Worker, logits_B: Tensor, loss_sum: Tensor) -> bool:
+def usable(worker: Worker, logits_B: Tensor, loss_sum: float) -> bool:
     """Whether a step can be learned from, asked before its backward pass, when no row has been touched; the same on every worker.
+
+    Args:
+        loss_sum: not finite if any logit is not.
 
     Raises:
         ValueError: with `train.not_finite=error`, for a loss that is not finite; or when too many steps in a row have been skipped.
     """
-    finite = bool(torch.isfinite(loss_sum))
+    finite = math.isfinite(loss_sum)
     if worker.config.train.not_finite == "error":
         if not finite:
             raise ValueError(_told(worker, logits_B))

@@ -172,8 +172,9 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
     The loss is the mean over the global batch, so slices may differ in size or be empty: each worker's is its share of that mean, and
     gradients are added over workers.
     """
-    worker.dense.train()
-    worker.embedding.train()
+    if not worker.embedding.training or not worker.dense.training:
+        worker.dense.train()
+        worker.embedding.train()
     if route is None:
         with worker.times.phase("route"):
             route = worker.embedding.route(batch)
@@ -184,7 +185,8 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
         loss = loss_sum / max(1, route.rows)
         worker.optimizer.zero_grad(set_to_none=True)
     worker.skipped_rows += batch.skipped
-    if not usable(worker, logits_B, loss_sum):
+    told = float(loss_sum.detach())  # the one number of a step that the host waits for
+    if not usable(worker, logits_B, told):
         return
     inner = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update"))
     start = time.perf_counter()
@@ -198,7 +200,7 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
     worker.window.update(scores, batch.labels)
     if worker.config.train.progressive:
         worker.progressive.update(scores, batch.labels)
-    worker.losses.append(float(loss_sum.detach()) / max(1, route.rows))
+    worker.losses.append(told / max(1, route.rows))
     worker.samples += route.rows
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 _BINS = 1 << 15
 _RANGE = 32.0  # logits beyond +-32 share the outermost bins
 _SUMS = 4  # rows, positives, sum of losses, sum of predictions
+_WAITING_ROWS = 1 << 16  # most that wait: added together they take a fraction of the operators' calls
 STATE_SIZE = _SUMS + 2 * _BINS
 
 
@@ -30,33 +31,32 @@ class BinaryMetrics:
     def reset(self) -> None:
         self._sums = torch.zeros(_SUMS, dtype=torch.float64)
         self._histogram = torch.zeros(2 * _BINS, dtype=torch.float64)  # negatives, then positives
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting_rows = self._added_batches = 0
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add float [B] logits and 0/1 [B] labels.
+        """Add float [B] logits and 0/1 [B] labels, which must not change any more: batches wait for others, to be added together.
+
+        Raises:
+            ValueError: for a logit that is NaN or infinite, now or in a later call.
+        """
+        self._waiting.append((logits.detach(), labels))
+        self._waiting_rows += len(labels)
+        if self._waiting_rows >= _WAITING_ROWS:
+            self._add()
+
+    def state(self) -> Tensor:
+        """float64 [65540]: add the states of all workers and give the sum to `from_state`.
 
         Raises:
             ValueError: for a logit that is NaN or infinite.
         """
-        logits, labels = logits.detach().float().cpu(), labels.float().cpu()
-        wrong = (~torch.isfinite(logits)).nonzero()
-        if len(wrong):
-            row = int(wrong[0])
-            value = "NaN" if bool(logits[row].isnan()) else "infinite"
-            raise ValueError(f"the model's logit for row {row} of the batch is {value}; lower the learning rates")
-        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        predictions = torch.sigmoid(logits)
-        self._sums += torch.stack(
-            [torch.tensor(float(len(labels))), labels.sum(), losses.double().sum(), predictions.double().sum()]
-        ).double()
-        bins = ((logits.clamp(-_RANGE, _RANGE) + _RANGE) * ((_BINS - 1) / (2 * _RANGE))).long() + labels.long() * _BINS
-        self._histogram.index_add_(0, bins, torch.ones(len(bins), dtype=torch.float64))
-
-    def state(self) -> Tensor:
-        """float64 [65540]: add the states of all workers and give the sum to `from_state`."""
+        self._add()
         return torch.cat([self._sums, self._histogram])
 
     def load(self, state: Tensor) -> None:
         """Go on from what `state` gave."""
+        self.reset()
         self._sums, self._histogram = state[:_SUMS].clone(), state[_SUMS:].clone()
 
     def compute(self) -> dict[str, float]:
@@ -80,3 +80,29 @@ class BinaryMetrics:
             mean = positives / rows
             ne = logloss / -(mean * math.log(mean) + (1 - mean) * math.log(1 - mean))
         return {"auc": auc, "ne": ne, "logloss": logloss, "calibration": predictions / positives if positives else nan, "rows": rows}
+
+    def _add(self) -> None:
+        """Add what waits."""
+        waiting, self._waiting, self._waiting_rows = self._waiting, [], 0
+        if not waiting:
+            return
+        logits = torch.cat([each for each, _ in waiting]).float().cpu()
+        labels = torch.cat([each for _, each in waiting]).float().cpu()
+        wrong = (~torch.isfinite(logits)).nonzero()
+        if len(wrong):
+            batch, row = 0, int(wrong[0])
+            value = "NaN" if bool(logits[row].isnan()) else "infinite"
+            while row >= len(waiting[batch][1]):
+                row -= len(waiting[batch][1])
+                batch += 1
+            raise ValueError(
+                f"the model's logit for row {row} of batch {self._added_batches + batch} is {value} (batches are counted from 0, since "
+                "metrics were last reported); lower the learning rates"
+            )
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        predictions = torch.sigmoid(logits)
+        rows = torch.tensor(len(labels), dtype=torch.float64)
+        self._sums += torch.stack([rows, *(each.sum(dtype=torch.float64) for each in (labels, losses, predictions))])
+        bins = ((logits.clamp(-_RANGE, _RANGE) + _RANGE) * ((_BINS - 1) / (2 * _RANGE))).long() + labels.long() * _BINS
+        self._histogram += torch.bincount(bins, minlength=2 * _BINS)
+        self._added_batches += len(waiting)

@@ -73,15 +73,16 @@ def test_no_rows_are_no_numbers() -> None:
     assert metrics.compute()["rows"] == 0
 
 
-def test_a_nan_logit_is_an_error_that_names_its_row() -> None:
-    with pytest.raises(ValueError, match="row 1 of the batch is NaN"):
-        BinaryMetrics().update(torch.tensor([0.0, float("nan")]), torch.zeros(2))
-
-
-@pytest.mark.parametrize("logit", [float("inf"), float("-inf")])
-def test_an_infinite_logit_is_an_error_that_names_its_row(logit: float) -> None:
-    with pytest.raises(ValueError, match="row 1 of the batch is infinite"):
-        BinaryMetrics().update(torch.tensor([0.0, logit]), torch.ones(2))
+@pytest.mark.parametrize(("logit", "told"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (float("-inf"), "infinite")])
+@pytest.mark.parametrize("rows", [2, 100_000])  # what waits for others, and what is added at once
+def test_a_logit_that_is_not_finite_is_an_error_that_names_its_batch_and_row(logit: float, told: str, rows: int) -> None:
+    metrics = BinaryMetrics()
+    metrics.update(*draw("normal", rows))
+    logits, labels = draw("normal", rows)
+    logits[1] = logit
+    with pytest.raises(ValueError, match=f"row 1 of batch 1 is {told}"):  # noqa: PT012 - in one of these calls, by the number of rows
+        metrics.update(logits, labels)
+        metrics.compute()
 
 
 def test_reset_forgets() -> None:
