@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from fiited_ray.config import ModelConfig
 from fiited_ray.models import DLRM, DCNv2, build_model
 from fiited_ray.models.interaction import interact, interact_plain, padded
-from fiited_ray.models.towers import linear
+from fiited_ray.models.towers import tower
 
 KINDS = [ModelConfig(kind="dlrm", bottom=(5,), top=(6,)), ModelConfig(kind="dcnv2", cross_layers=2, cross_rank=3, top=(6,))]
 
@@ -46,25 +48,31 @@ def test_the_interaction_operator_is_the_plain_one_with_its_gradients(with_below
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize(("rows", "wide", "next_wide"), [(300, 384, 256), (7, 13, 5), (1, 3, 1), (0, 4, 2)])
-def test_a_float32_layer_and_its_gradients_are_those_of_float64(relu: bool, rows: int, wide: int, next_wide: int) -> None:
+@pytest.mark.parametrize("last_relu", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "widths"), [(300, (384, 256)), (300, (384, 256, 64, 1)), (7, (13, 5, 9)), (7, (13, 5)), (1, (3, 1)), (0, (4, 2, 3))]
+)
+def test_a_float32_tower_and_its_gradients_are_those_of_float64(last_relu: bool, rows: int, widths: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    exact = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((rows, wide), (next_wide, wide), (next_wide,))]
+    shapes = [(rows, widths[0])]
+    for wide, next_wide in pairwise(widths):
+        shapes += [(next_wide, wide), (next_wide,)]
+    exact = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     rounded = [each.detach().float().requires_grad_() for each in exact]
-    grad = torch.randn(rows, next_wide)
+    grad = torch.randn(rows, widths[-1])
     found = []
-    for inputs in (rounded, exact):
-        out = linear(*inputs, relu=relu)
+    for x, *parameters in (rounded, exact):
+        out = tower(x, parameters, last_relu=last_relu)
         out.backward(grad.to(out.dtype))
-        found.append([out, *(each.grad for each in inputs)])
+        found.append([out, x.grad, *(each.grad for each in parameters)])
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
+        largest = float(other.detach().abs().max()) if other.numel() else 0.0
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-5 * max(1.0, largest))
 
 
-def test_a_layer_passes_on_what_is_not_a_number() -> None:
+def test_a_tower_passes_on_what_is_not_a_number() -> None:
     x = torch.tensor([[1.0, torch.nan], [1.0, 2.0]])
-    out = linear(x, torch.ones(3, 2), torch.zeros(3), relu=True)
+    out = tower(x, [torch.ones(3, 2), torch.zeros(3)], last_relu=True)
     assert out.isnan().tolist() == [[True] * 3, [False] * 3]
 
 
