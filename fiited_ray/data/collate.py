@@ -150,15 +150,15 @@ def _array(table: pa.Table, name: str) -> pa.Array:
     return array if isinstance(array, pa.Array) else pa.array([], column.type)
 
 
-def _scalar_ids(array: pa.Array, name: str, where: str, key: int, owners: Tensor | None = None, rows: int | None = None) -> Tensor:
+def _scalar_ids(array: pa.Array, name: str, where: str, key: int, lengths: Tensor | None = None) -> Tensor:
     """int64 [n]: integers as they are (unsigned 64-bit ones by their bits), strings by their keyed hash, null as NULL_ID.
 
-    owners: the row of each entry, of so many rows, where it is not its position.
+    lengths: how many of the entries belong to each row, where it is not one.
     """
     ids, reserved = _ids_of(array, name, where, key)
     if reserved is not None and bool(reserved.any()):
-        faulty = torch.zeros(len(ids) if rows is None else rows, dtype=torch.bool)
-        faulty[reserved if owners is None else owners[reserved]] = True
+        faulty = torch.zeros(len(ids) if lengths is None else len(lengths), dtype=torch.bool)
+        faulty[reserved if lengths is None else _owners(lengths)[reserved]] = True
         row, text = int(faulty.nonzero()[0]), "2**63" if pa.types.is_uint64(array.type) else "-2**63"
         raise DataError(
             f"{where}: column {name!r}, row {row}: the id {text} stands for a missing value; write null instead", row, faulty.numpy()
@@ -218,8 +218,12 @@ def _hash_strings(array: pa.Array, key: int) -> Tensor:
 def _lists(array: pa.Array, name: str, where: str, key: int) -> tuple[Tensor, Tensor]:
     """(ids of all bags one behind the other, bag lengths int64 [rows])."""
     values, lengths = _flat(array, name, where, "a multi_hot column holds lists")
-    owners = torch.repeat_interleave(torch.arange(len(array)), lengths)
-    return _scalar_ids(values, name, where, key, owners, len(array)), lengths
+    return _scalar_ids(values, name, where, key, lengths), lengths
+
+
+def _owners(lengths: Tensor) -> Tensor:
+    """int64 [sum of lengths]: the row of each entry."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 
 def _flat(array: pa.Array, name: str, where: str, wanted: str) -> tuple[pa.Array, Tensor]:
@@ -227,7 +231,8 @@ def _flat(array: pa.Array, name: str, where: str, wanted: str) -> tuple[pa.Array
     kind = array.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise DataError(f"{where}: column {name!r} is {kind}; {wanted}")
-    lengths = torch.from_numpy(pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64))
+    lengths = pc.list_value_length(array)
+    lengths = torch.from_numpy((lengths.fill_null(0) if array.null_count else lengths).to_numpy(zero_copy_only=False).astype(np.int64))
     return array.flatten(), lengths
 
 
@@ -251,7 +256,7 @@ def _weights(array: pa.Array, name: str, feature: str, bag_lengths: Tensor, wher
     odd = ~torch.isfinite(weights)
     if bool(odd.any()):
         at = int(odd.nonzero()[0])
-        owners = torch.repeat_interleave(torch.arange(len(array)), lengths)
+        owners = _owners(lengths)
         row, rows = int(owners[at]), torch.zeros(len(array), dtype=torch.bool)
         rows[owners[odd]] = True
         given = "null" if not numbers[at].is_valid else f"{weights[at]}"

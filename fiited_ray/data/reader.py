@@ -184,7 +184,8 @@ def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share)
                 for groups, begin in _runs(file.metadata, file_begin, share):
                     at = begin
                     size = min(_READ_ROWS, max(share.batch_size, 1024))
-                    for piece in file.iter_batches(size, row_groups=groups, columns=columns):
+                    # By this thread alone: Arrow's others would take cores from the model, and need half as much CPU time again.
+                    for piece in file.iter_batches(size, row_groups=groups, columns=columns, use_threads=False):
                         table = pa.Table.from_batches([piece]).slice(0, share.total - at)
                         last_time = _check_order(table, config.time, last_time, path, at - file_begin)
                         yield at, table
