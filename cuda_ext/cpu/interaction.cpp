@@ -11,7 +11,7 @@ namespace fiited {
 
 namespace {
 
-constexpr int kRows = 6;  // of a block: enough sums to keep the multipliers busy, few enough for the registers
+constexpr int kRows = 7;  // of a block: enough sums to keep the multipliers busy, few enough for the registers
 constexpr int64_t kBatchPerTask = 64;
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -27,7 +27,7 @@ inline void multiply_block(int n, const float* const* left, Right&& right, Lanes
   for (Lanes& sum : sums) sum = Lanes{};
   for (int k = 0; k < n; ++k) {
     const Lanes numbers = load(right(k));
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) sums[row] += left[row][k] * numbers;
   }
 }
