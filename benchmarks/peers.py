@@ -65,7 +65,7 @@ class Peer:
             self.dense = build_model(model, len(data.dense), len(data.features), dim)
         else:
             self.dense = PlainDLRM(len(data.dense), len(data.features), dim, model.bottom, model.top)
-        self.optimizer = dense_optimizer(config, self.dense)
+        self.optimizer = dense_optimizer(config, self.dense.parameters())
 
     def place(self, batch: Batch) -> Batch:
         """Ids to rows; runs in the reading thread."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,7 +41,6 @@ class Collator:
         Raises:
             DataError: naming source, column, row and value.
         """
-        table = table.combine_chunks()
         if self.config.bad_rows == "error":
             return self._batch(table, where)
         at, given = np.arange(table.num_rows), table.num_rows
@@ -53,46 +52,58 @@ class Collator:
                     raise
                 if skipped is not None:
                     skipped(DataError(str(error), int(at[error.row])), int(error.rows.sum()))
-                at, table = at[~error.rows], table.filter(pa.array(~error.rows)).combine_chunks()
+                at, table = at[~error.rows], table.filter(pa.array(~error.rows))
 
     def _batch(self, table: pa.Table, where: str) -> Batch:
-        scalars = self._scalars(table, where)
-        at = {name: number for number, name in enumerate(self.config.scalar)}  # the categorical columns are the first
-        parts: list[tuple[Tensor, Tensor | None]] = [(scalars[: len(self.config.categorical)].flatten(), None)]  # None: one id a bag
-        weights: dict[int, Tensor] = {}  # by part
-        for name in self.config.multi_hot:
-            ids, lengths = _lists(_array(table, name), name, where, self.key)
-            if column := self.config.weights.get(name):
-                weights[len(parts)] = _weights(_array(table, column), column, name, lengths, where)
-            parts.append((ids, lengths))
-        for first, *rest in self.config.cross:
-            crossed = scalars[at[first]]
-            for name in rest:
-                crossed = host_ops().cross_ids(crossed, scalars[at[name]], self.key)
-            parts.append((crossed, None))
-        labels = _labels(_array(table, self.config.label), self.config.label, where)
-        ids = torch.cat([each for each, _ in parts])
-        weighted = torch.cat([weights.get(part, torch.ones(len(each))) for part, (each, _) in enumerate(parts)]) if weights else None
-        return Batch(self._dense(table, where), labels, ids, _offsets(parts), weighted)
+        config, rows, columns = self.config, table.num_rows, _columns(table)
+        lists = {name: _lists(columns[name], name, where, self.key) for name in config.multi_hot}
+        weights = {name: _weights(columns[column], column, name, lists[name][1], where) for name, column in config.weights.items()}
+        singles = len(config.categorical) * rows
+        lookups = singles + sum(len(each) for each, _ in lists.values())
+        ids = torch.empty(lookups + len(config.cross) * rows, dtype=torch.int64)
 
-    def _scalars(self, table: pa.Table, where: str) -> Tensor:
-        """int64 [columns with one id a row, rows]."""
-        out = np.empty((len(self.config.scalar), table.num_rows), np.int64)
-        for ids, name in zip(out, self.config.scalar, strict=True):
+        scalars = ids[:singles].view(len(config.categorical), rows)
+        self._scalars(columns, config.categorical, scalars, where)
+        if lists:
+            torch.cat([each for each, _ in lists.values()], out=ids[singles:lookups])
+        if config.cross:
+            others = config.scalar[len(config.categorical) :]
+            more = torch.empty(len(others), rows, dtype=torch.int64)
+            self._scalars(columns, others, more, where)
+            of = dict(zip(config.scalar, [*scalars, *more], strict=True))
+            for crossed, (first, *rest) in zip(ids[lookups:].view(len(config.cross), rows), config.cross, strict=True):
+                crossed.copy_(of[first])
+                for name in rest:
+                    crossed.copy_(host_ops().cross_ids(crossed, of[name], self.key))
+
+        weighted = None
+        if weights:
+            of_lists = [weights[name] if name in weights else torch.ones(len(each)) for name, (each, _) in lists.items()]
+            weighted = torch.cat([torch.ones(singles), *of_lists, torch.ones(len(ids) - lookups)])
+        offsets = _offsets(singles, [lengths for _, lengths in lists.values()], len(ids) - lookups)
+        labels = _labels(columns[config.label], config.label, where)
+        return Batch(self._dense(columns, rows, where), labels, ids, offsets, weighted)
+
+    def _scalars(self, columns: Mapping[str, pa.Array], names: Sequence[str], out: Tensor, where: str) -> None:
+        """Fill int64 [names, rows] with the ids of columns with one id a row."""
+        quick, values = [], out.numpy()
+        for number, name in enumerate(names):
             if name not in self.config.bins:
-                array = _array(table, name)
+                array = columns[name]
                 if pa.types.is_integer(array.type) and not array.null_count:  # the most common ones, without a copy between
-                    np.copyto(ids, array.to_numpy(), casting="unsafe")
-                    if not len(ids) or ids.min() != NULL_ID:
-                        continue
-            ids[:] = self._ids(table, name, where)
-        return torch.from_numpy(out)
+                    np.copyto(values[number], array.to_numpy(), casting="unsafe")
+                    quick.append(number)
+                    continue
+            out[number] = self._ids(columns, name, where)
+        if quick and values.size and values.min() == NULL_ID:
+            for number in quick:  # it may be written in one of them, which is an error
+                out[number] = self._ids(columns, names[number], where)
 
-    def _ids(self, table: pa.Table, name: str, where: str) -> Tensor:
+    def _ids(self, columns: Mapping[str, pa.Array], name: str, where: str) -> Tensor:
         if name not in self.config.bins:
-            return _scalar_ids(_array(table, name), name, where, self.key)
+            return _scalar_ids(columns[name], name, where, self.key)
         derived = self.config.bins[name]
-        column = pc.cast(_array(table, derived.column), pa.float64(), safe=False)
+        column = pc.cast(columns[derived.column], pa.float64(), safe=False)
         values = np.floor(column.fill_null(0.0).to_numpy(zero_copy_only=False) / derived.width)
         bad = ~(np.abs(values) < 2.0**63)  # NaN, infinite, or no int64
         if bad.any():
@@ -105,49 +116,55 @@ class Collator:
         ids = torch.from_numpy(values.astype(np.int64))
         return _mark_nulls(ids, column)
 
-    def _dense(self, table: pa.Table, where: str) -> Tensor:
-        columns = np.empty((len(self.config.dense), table.num_rows), np.float32)
-        for values, name in zip(columns, self.config.dense, strict=True):
-            column = _array(table, name)
+    def _dense(self, columns: Mapping[str, pa.Array], rows: int, where: str) -> Tensor:
+        values = np.empty((len(self.config.dense), rows), np.float32)
+        nulls = np.zeros(len(values), np.int64)
+        for number, name in enumerate(self.config.dense):
+            column = columns[name]
+            nulls[number] = column.null_count
             column = column if column.type == pa.float32() else pc.cast(column, pa.float32(), safe=False)
-            values[:] = (column.fill_null(0.0) if column.null_count else column).to_numpy(zero_copy_only=False)
-        odd = ~np.isfinite(columns)
+            values[number] = column.to_numpy(zero_copy_only=False)  # NaN where it is null
+        odd = ~np.isfinite(values)
         if odd.any():
-            at = int(odd.any(1).argmax())
-            row = int(odd[at].argmax())
-            raise DataError(
-                f"{where}: dense column {self.config.dense[at]!r}, row {row}: {columns[at, row]}; "
-                "clean the data, or leave the value null if it is missing",
-                row,
-                odd[at],
-            )
+            for number in (np.count_nonzero(odd, axis=1) != nulls).nonzero()[0]:
+                name = self.config.dense[number]
+                wrong = odd[number] & ~columns[name].is_null().to_numpy(zero_copy_only=False)
+                row = int(wrong.argmax())
+                raise DataError(
+                    f"{where}: dense column {name!r}, row {row}: {values[number, row]}; "
+                    "clean the data, or leave the value null if it is missing",
+                    row,
+                    wrong,
+                )
+            np.copyto(values, 0, where=odd)
         if self.config.dense_transform == "log1p":
-            np.log1p(np.maximum(columns, 0, out=columns), out=columns)
-        return torch.from_numpy(columns).t().contiguous()
+            np.log1p(np.maximum(values, 0, out=values), out=values)
+        return torch.from_numpy(values).t().contiguous()
 
 
-def _offsets(parts: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """int64 [bags+1]: where each bag begins, of parts given as ids and bag lengths (None: one id a bag)."""
-    offsets = torch.empty(sum(len(ids if lengths is None else lengths) for ids, lengths in parts) + 1, dtype=torch.int64)
-    bag, begin = 0, 0
-    for ids, lengths in parts:
-        mine = offsets[bag : bag + len(ids if lengths is None else lengths)]
-        if lengths is None:
-            torch.arange(begin, begin + len(ids), out=mine)
-        else:
-            torch.cumsum(lengths, 0, out=mine).sub_(lengths).add_(begin)
-        bag, begin = bag + len(mine), begin + len(ids)
-    offsets[-1] = begin
+def _columns(table: pa.Table) -> dict[str, pa.Array]:
+    """A table's columns, each in one piece."""
+    found = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        found[name] = array if isinstance(array, pa.Array) else pa.array([], column.type)
+    return found
+
+
+def _offsets(singles: int, lists: Sequence[Tensor], more_singles: int) -> Tensor:
+    """int64 [bags+1]: where each bag begins: bags of one id, then those of so many ids as the lists tell, then again bags of one."""
+    bags = singles + sum(map(len, lists)) + more_singles
+    offsets = torch.empty(bags + 1, dtype=torch.int64)
+    torch.arange(singles, out=offsets[:singles])
+    bag = begin = singles
+    for lengths in lists:
+        mine = offsets[bag : bag + len(lengths)]
+        torch.cumsum(lengths, 0, out=mine)
+        end = begin + (int(mine[-1]) if len(mine) else 0)
+        mine.sub_(lengths).add_(begin)
+        bag, begin = bag + len(mine), end
+    torch.arange(begin, begin + more_singles + 1, out=offsets[bag:])
     return offsets
-
-
-def _array(table: pa.Table, name: str) -> pa.Array:
-    """A column in one piece; the table's chunks have been combined."""
-    column = table[name]
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    array = column.combine_chunks()
-    return array if isinstance(array, pa.Array) else pa.array([], column.type)
 
 
 def _scalar_ids(array: pa.Array, name: str, where: str, key: int, lengths: Tensor | None = None) -> Tensor:

@@ -38,4 +38,4 @@ class DCNv2(nn.Module):
         x = first
         for layer in self.cross:
             x = layer(first, x)
-        return cast(Tensor, self.deep(x)[:, 0])
+        return cast(Tensor, self.deep(x).flatten())

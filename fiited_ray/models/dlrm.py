@@ -27,4 +27,4 @@ class DLRM(nn.Module):
     def forward(self, dense_BC: Tensor, vectors_BFD: Tensor) -> Tensor:
         """Logits [B]."""
         below_BD = None if self.bottom is None else self.bottom(dense_BC)
-        return cast(Tensor, self.top(interact(below_BD, vectors_BFD, self.columns))[:, 0])
+        return cast(Tensor, self.top(interact(below_BD, vectors_BFD, self.columns)).flatten())

@@ -63,14 +63,12 @@ def usable(worker: Worker, logits_B: Tensor, loss_sum: float) -> bool:
 
 
 def learn_dense(worker: Worker) -> None:
-    """The dense parameters' step; their gradients, summed here, are the same on every worker, and so is what is decided."""
-    gradients = [each.grad for each in worker.dense.parameters() if each.grad is not None]
+    """The dense parameters' step; their gradient, summed here, is the same on every worker, and so is what is decided."""
+    gradient = worker.gradient
     if worker.exchange.workers > 1:
-        summed = worker.exchange.all_reduce(torch.cat([each.reshape(-1) for each in gradients]))
-        for gradient, part in zip(gradients, summed.split([each.numel() for each in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        gradient.copy_(worker.exchange.all_reduce(gradient))
     if worker.config.train.not_finite == "skip":
-        if not bool(torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all()):  # the host reads one number
+        if not bool(gradient.isfinite().all()):
             _log.warning("step %d: the dense parameters' gradient is not finite; they skip the step", worker.step)
             worker.skipped.count(worker.step)
             return

@@ -30,6 +30,7 @@ from fiited_ray.models import build_model
 from fiited_ray.policy import Decision, RoundSchedule, RoundState, ShardReport, shard_limit
 from fiited_ray.store import ShardSpec, VhpiShard
 from fiited_ray.train.guards import SkippedSteps, check_store, learn_dense, usable
+from fiited_ray.train.joined import joined
 from fiited_ray.train.metrics import BinaryMetrics
 from fiited_ray.train.report import History, StoreTotals
 
@@ -99,7 +100,8 @@ class Worker:
         )
         self.dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
         self.dense.to(self.device)
-        self.optimizer = dense_optimizer(config, self.dense)
+        self.parameters, self.gradient = joined(self.dense)
+        self.optimizer = dense_optimizer(config, [self.parameters])
         self.schedule = RoundSchedule(config.policy)
         self.threshold = 0.0  # the global one, in force since the last round
         self.losses: array[float] = array("d")  # of the global batches
@@ -181,26 +183,25 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
     vectors_BFD = worker.embedding(batch, route)
     with worker.times.phase("model"):
         logits_B = worker.dense(batch.dense, vectors_BFD)
-        loss_sum = nn.functional.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="sum")
-        loss = loss_sum / max(1, route.rows)
-        worker.optimizer.zero_grad(set_to_none=True)
+        scores_B = logits_B.detach()
+        # The one number of a step that the host waits for.
+        loss_sum = float(nn.functional.binary_cross_entropy_with_logits(scores_B, batch.labels, reduction="sum"))
     worker.skipped_rows += batch.skipped
-    told = float(loss_sum.detach())  # the one number of a step that the host waits for
-    if not usable(worker, logits_B, told):
+    if not usable(worker, scores_B, loss_sum):
         return
     inner = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update"))
     start = time.perf_counter()
     with record_function("backward"):
-        loss.backward()
+        worker.gradient.zero_()
+        logits_B.backward((torch.sigmoid(scores_B) - batch.labels) / max(1, route.rows))  # of the mean loss
     with worker.times.phase("model"):
         learn_dense(worker)
     spent_inside = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update")) - inner
     worker.times.seconds["model"] += time.perf_counter() - start - spent_inside
-    scores = logits_B.detach()
-    worker.window.update(scores, batch.labels)
+    worker.window.update(scores_B, batch.labels)
     if worker.config.train.progressive:
-        worker.progressive.update(scores, batch.labels)
-    worker.losses.append(told / max(1, route.rows))
+        worker.progressive.update(scores_B, batch.labels)
+    worker.losses.append(loss_sum / max(1, route.rows))
     worker.samples += route.rows
 
 
@@ -376,10 +377,10 @@ def _timed(items: Iterable[Item], times: PhaseTimes, phase: str) -> Iterator[Ite
         yield item
 
 
-def dense_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def dense_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of the dense parameters that a configuration names."""
     kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
-    return cast(torch.optim.Optimizer, kinds[config.train.optimizer](model.parameters(), lr=config.train.lr, fused=True))
+    return cast(torch.optim.Optimizer, kinds[config.train.optimizer](parameters, lr=config.train.lr, fused=True))
 
 
 def _shared(worker: Worker, metrics: BinaryMetrics) -> dict[str, float]:
