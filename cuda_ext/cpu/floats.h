@@ -52,12 +52,12 @@ inline float sum_of_squares(int n, const float* x) {
 
 // How many rows or keys are fetched ahead, all in one short loop: their page walks then run side by side, which they do not where
 // each prefetch stands between the work on two rows. More than a core can have under way at a time make it wait.
-constexpr int64_t kInFlight = 8;
+constexpr int64_t kInFlight = 16;
 
 // The same for rows of many bytes; a power of two, too.
 constexpr int32_t ahead_of(size_t row_bytes) {
   int32_t rows = kInFlight;
-  while (rows > 2 && rows * row_bytes > 2048) rows /= 2;
+  while (rows > 2 && rows * row_bytes > 4096) rows /= 2;
   return rows;
 }
 

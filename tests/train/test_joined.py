@@ -27,7 +27,7 @@ def test_one_step_of_all_is_one_step_of_each(kind: type[torch.optim.Optimizer]) 
             model(dense, vectors).square().sum().backward()
             optimizer.step()
     for one, other in zip(apart.parameters(), together.parameters(), strict=True):
-        assert torch.equal(one, other)
-        assert torch.equal(one.grad, other.grad)
+        torch.testing.assert_close(one, other)  # products may add up otherwise where matrices stand elsewhere
+        torch.testing.assert_close(one.grad, other.grad)
         assert other.data_ptr() % 64 == values.data_ptr() % 64
     assert sum(each.count_nonzero() for each in together.parameters()) == values.count_nonzero()
