@@ -82,13 +82,18 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
         if ((i & (ahead - 1)) == 0) fetch(i + ahead);
         const auto* __restrict from = vectors[i].at;
         const int live = vectors[i].live;
+        if (written == 0 && !scaled) {
+          for_each_dim(live, [&](int64_t d) { to[d] = Store::to_float(from[d]); });
+          written = live;
+          continue;
+        }
         const Real factor = scaled ? factors[i] : Real(1);
         const int both = std::min(written, live);
         for_each_dim(both, [&](int64_t d) { to[d] += factor * Store::to_float(from[d]); });
         for_each_dim(live - both, [&](int64_t d) { to[both + d] = factor * Store::to_float(from[both + d]); });
         written = std::max(written, live);
       }
-      std::fill_n(to + written, dim - written, Real(0));
+      if (written < dim) std::fill_n(to + written, dim - written, Real(0));
     }
   });
 }
