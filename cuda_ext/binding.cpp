@@ -57,14 +57,31 @@ int64_t store_create(std::vector<int64_t> ints, std::vector<double> floats) { re
 void store_destroy(int64_t handle) { shards.remove(handle); }
 std::shared_ptr<CpuShard> shard_at(int64_t handle) { return shards[handle]; }
 
-void check_keys(const ShardConfig& config, const int64_t* keys, const int32_t* tables, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bucket = fiited::bucket_of(static_cast<uint64_t>(keys[i]));
-    REQUIRE(bucket >= config.first_bucket && bucket < config.end_bucket,
-            "key " + std::to_string(i) + " belongs to another shard (bucket " + std::to_string(bucket) + ")");
-    REQUIRE(tables[i] >= 0 && tables[i] < config.tables,
-            "table " + std::to_string(tables[i]) + " of key " + std::to_string(i) + " does not exist");
+// The first i below n for which `wrong(i)` is negative, n where there is none. Signs are gathered over a block, in vector code.
+template <class Wrong>
+int64_t first_wrong(int64_t n, Wrong&& wrong) {
+  constexpr int64_t kBlock = 4096;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    int64_t signs = 0;
+    for (int64_t i = begin; i < end; ++i) signs |= wrong(i);
+    if (signs >= 0) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      if (wrong(i) < 0) return i;
+    }
   }
+  return n;
+}
+
+// Negative where `x` is not in [begin, end).
+inline int64_t outside(int64_t x, int64_t begin, int64_t end) { return (x - begin) | (end - 1 - x); }
+
+void check_keys(const ShardConfig& config, const int64_t* keys, const int32_t* tables, int64_t n) {
+  const auto bucket = [&](int64_t i) { return fiited::bucket_of(static_cast<uint64_t>(keys[i])); };
+  const int64_t foreign = first_wrong(n, [&](int64_t i) { return outside(bucket(i), config.first_bucket, config.end_bucket); });
+  REQUIRE(foreign == n, "key " + std::to_string(foreign) + " belongs to another shard (bucket " + std::to_string(bucket(foreign)) + ")");
+  const int64_t odd = first_wrong(n, [&](int64_t i) { return outside(tables[i], 0, config.tables); });
+  REQUIRE(odd == n, "table " + std::to_string(tables[odd]) + " of key " + std::to_string(odd) + " does not exist");
 }
 
 std::tuple<Tensor, Tensor> store_lookup(int64_t handle, Tensor keys, Tensor tables, Tensor counts, bool training, int64_t step,
@@ -86,10 +103,8 @@ const uint32_t* read_addresses(const Tensor& addresses, int64_t n) { return addr
 
 // The rows of a lookup must still be there: reading them follows their addresses.
 void check_addresses(const CpuShard& shard, const uint32_t* addresses, const uint8_t* widths, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    REQUIRE(shard.fits(addresses[i], widths[i]),
-            "row " + std::to_string(i) + " was resized or moved since its lookup; look up again after a round");
-  }
+  const int64_t moved = shard.first_moved(n, addresses, widths);
+  REQUIRE(moved == n, "row " + std::to_string(moved) + " was resized or moved since its lookup; look up again after a round");
 }
 
 Tensor store_read(int64_t handle, Tensor addresses, Tensor widths, std::optional<Tensor> take) {
@@ -167,12 +182,13 @@ fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::op
   const int64_t n = inverse.numel();
   const int64_t last = features * bags.batch;
   REQUIRE(bags.offsets[0] == 0 && bags.offsets[last] == n, "offsets must begin at 0 and end at the number of lookups");
-  for (int64_t i = 0; i < last; ++i) {
-    REQUIRE(bags.offsets[i] <= bags.offsets[i + 1], "offsets fall at feature " + std::to_string(i / std::max<int64_t>(bags.batch, 1)) +
-                                                        ", position " + std::to_string(i % std::max<int64_t>(bags.batch, 1)));
-  }
-  for (int64_t i = 0; i < n; ++i)
-    REQUIRE(bags.inverse[i] >= 0 && bags.inverse[i] < rows, "lookup " + std::to_string(i) + " names a row that is not there");
+  const int64_t fall = first_wrong(last, [&](int64_t i) {  // none is negative before the first that is wrong, so no difference overflows
+    return static_cast<int64_t>(static_cast<uint64_t>(bags.offsets[i + 1]) - static_cast<uint64_t>(bags.offsets[i])) | bags.offsets[i + 1];
+  });
+  REQUIRE(fall == last, "offsets fall at feature " + std::to_string(fall / std::max<int64_t>(bags.batch, 1)) + ", position " +
+                            std::to_string(fall % std::max<int64_t>(bags.batch, 1)));
+  const int64_t lost = first_wrong(n, [&](int64_t i) { return outside(bags.inverse[i], 0, rows); });
+  REQUIRE(lost == n, "lookup " + std::to_string(lost) + " names a row that is not there");
   return bags;
 }
 

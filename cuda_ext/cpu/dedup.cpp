@@ -77,7 +77,8 @@ void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* f
   const std::unique_ptr<uint64_t[]> keys(new uint64_t[n]);
   const std::unique_ptr<int32_t[]> counts(new int32_t[n]);
   for_each_task(static_cast<int64_t>(parts.size()), [&](int64_t table) {
-    static thread_local Seen seen;
+    static thread_local Seen seen_here;
+    Seen& seen = seen_here;  // its address is asked for once
     TablePart& part = parts[table];
     part.next.assign(workers, 0);
     if (part.lookups == 0) return;

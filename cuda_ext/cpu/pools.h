@@ -36,6 +36,8 @@ class Pools {
     return number < pools_.size() && (addresses_.position(address)) < pools_[number].count;
   }
   int width(uint32_t address) const { return addresses_.width(address); }
+  // Whether a row of this width stands at the address now, or none where the address is kAbsent.
+  bool fits(uint32_t address, int width) const { return address == kAbsent ? width == 0 : holds(address) && this->width(address) == width; }
 
   std::byte* row(uint32_t address) const {
     const Pool& pool = pools_[uint64_t{address} >> addresses_.position_bits];

@@ -22,8 +22,10 @@ class ShardRows : public CpuShard {
   ~ShardRows() override { memory_.give(cells_, config_.sketch_bytes()); }
 
   void set_limit(int64_t bytes) override;
-  bool fits(uint32_t address, uint8_t width) const override {
-    return address == kAbsent ? width == 0 : pools_.holds(address) && pools_.width(address) == width;
+  int64_t first_moved(int64_t n, const uint32_t* addresses, const uint8_t* widths) const override {
+    int64_t i = 0;
+    while (i < n && pools_.fits(addresses[i], widths[i])) ++i;
+    return i;
   }
   void histogram(int64_t* out) const override;
   ShardStats stats() override;

@@ -368,7 +368,8 @@ class ShardOf final : public ShardRows {
 
   bool still_there(const Update& rows, int64_t i) const {
     const uint32_t address = rows.addresses[i];
-    return fits(address, rows.widths[i]) && (address == kAbsent || is_row(address, rows.keys[i], static_cast<uint16_t>(rows.tables[i])));
+    return pools_.fits(address, rows.widths[i]) &&
+           (address == kAbsent || is_row(address, rows.keys[i], static_cast<uint16_t>(rows.tables[i])));
   }
 
   static void lower_to(std::atomic<int64_t>& least, int64_t value) {

@@ -10,8 +10,8 @@ namespace fiited {
 
 class CpuShard : public Shard {
  public:
-  // Whether a row of this width stands at the address now, or none where the address is kAbsent.
-  virtual bool fits(uint32_t address, uint8_t width) const = 0;
+  // The first of a lookup's rows that is no longer there in the width it had; n where all are.
+  virtual int64_t first_moved(int64_t n, const uint32_t* addresses, const uint8_t* widths) const = 0;
 
   // The vectors of the rows take[0..n-1] of a lookup (or of its rows 0..n-1), at their width, one behind the other.
   virtual void read(int64_t n, const int32_t* take, const uint32_t* addresses, const uint8_t* widths, float* values) const = 0;
