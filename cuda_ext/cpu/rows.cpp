@@ -3,10 +3,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 
 #include "core/numeric.h"
+#include "cpu/parallel.h"
 
 namespace fiited {
+
+namespace {
+constexpr int64_t kRowsPerTask = 65536;
+}
 
 ShardRows::ShardRows(const ShardConfig& config)
     : CpuShard(config),
@@ -28,11 +34,21 @@ void ShardRows::set_limit(int64_t bytes) {
 
 void ShardRows::histogram(int64_t* out) const {
   std::fill(out, out + 2 * kImportanceBins, 0);
-  for_each_row([&](uint32_t address, const RowHeader& header) {
-    const int bin = importance_bin(header.importance * decay_.unscale());
-    ++out[bin];
-    out[kImportanceBins + bin] += row_bytes_[pools_.width(address)];
-  });
+  std::mutex adding;
+  for (int width = 1; width <= layout_.chunks; ++width) {
+    for_each_range(pools_.count(width), kRowsPerTask, [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> rows(kImportanceBins);
+      for (int64_t at = begin; at < end; ++at) {
+        const RowHeader& header = pools_.header(pools_.address_of(width, static_cast<uint32_t>(at)));
+        ++rows[importance_bin(header.importance * decay_.unscale())];
+      }
+      const std::lock_guard lock(adding);
+      for (int bin = 0; bin < kImportanceBins; ++bin) {
+        out[bin] += rows[bin];
+        out[kImportanceBins + bin] += rows[bin] * row_bytes_[width];
+      }
+    });
+  }
 }
 
 ShardStats ShardRows::stats() {

@@ -202,6 +202,7 @@ def test_an_empty_table_is_an_empty_batch() -> None:
             {"d": [0.0, 1.0, float("-inf")]},
             "part 7: dense column 'd', row 2: -inf; clean the data, or leave the value null if it is missing",
         ),
+        ({"d": [None, float("nan"), None]}, "part 7: dense column 'd', row 1: nan"),  # null is missing, not a number is not
         ({"d": [0.0, 1e300, 1.0]}, "part 7: dense column 'd', row 1: inf; clean the data"),
         ({"c": [0, 1, -(2**63)]}, "part 7: column 'c', row 2: the id -2**63 stands for a missing value; write null instead"),
         ({"c": [0.5, 1.0, 2.0]}, "part 7: column 'c' is double; ids are integers or strings (bin it with data.bins)"),
