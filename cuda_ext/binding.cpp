@@ -76,6 +76,14 @@ int64_t first_wrong(int64_t n, Wrong&& wrong) {
 // Negative where `x` is not in [begin, end).
 inline int64_t outside(int64_t x, int64_t begin, int64_t end) { return (x - begin) | (end - 1 - x); }
 
+// The first i below n where offsets[i + 1] is less than offsets[i], or than 0; n where there is none. offsets[0] must not be negative:
+// then none is before the first that is wrong, and no difference up to it overflows.
+int64_t first_fall(int64_t n, const int64_t* offsets) {
+  return first_wrong(n, [&](int64_t i) {
+    return static_cast<int64_t>(static_cast<uint64_t>(offsets[i + 1]) - static_cast<uint64_t>(offsets[i])) | offsets[i + 1];
+  });
+}
+
 void check_keys(const ShardConfig& config, const int64_t* keys, const int32_t* tables, int64_t n) {
   const auto bucket = [&](int64_t i) { return fiited::bucket_of(static_cast<uint64_t>(keys[i])); };
   const int64_t foreign = first_wrong(n, [&](int64_t i) { return outside(bucket(i), config.first_bucket, config.end_bucket); });
@@ -182,9 +190,7 @@ fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::op
   const int64_t n = inverse.numel();
   const int64_t last = features * bags.batch;
   REQUIRE(bags.offsets[0] == 0 && bags.offsets[last] == n, "offsets must begin at 0 and end at the number of lookups");
-  const int64_t fall = first_wrong(last, [&](int64_t i) {  // none is negative before the first that is wrong, so no difference overflows
-    return static_cast<int64_t>(static_cast<uint64_t>(bags.offsets[i + 1]) - static_cast<uint64_t>(bags.offsets[i])) | bags.offsets[i + 1];
-  });
+  const int64_t fall = first_fall(last, bags.offsets);
   REQUIRE(fall == last, "offsets fall at feature " + std::to_string(fall / std::max<int64_t>(bags.batch, 1)) + ", position " +
                             std::to_string(fall % std::max<int64_t>(bags.batch, 1)));
   const int64_t lost = first_wrong(n, [&](int64_t i) { return outside(bags.inverse[i], 0, rows); });
@@ -315,8 +321,9 @@ Tensor hash_strings(Tensor offsets, Tensor bytes, int64_t seed) {
   REQUIRE(n >= 0, "offsets must have at least one element");
   const auto* ends = read<int64_t>(offsets, ScalarType::Long, "offsets", -1);
   const auto* data = read<uint8_t>(bytes, ScalarType::Byte, "bytes", -1);
-  for (int64_t i = 0; i < n; ++i) REQUIRE(ends[i] <= ends[i + 1], "string offsets fall at " + std::to_string(i));
   REQUIRE(ends[0] >= 0 && ends[n] <= bytes.numel(), "string offsets pass the end of the bytes");
+  const int64_t fall = first_fall(n, ends);
+  REQUIRE(fall == n, "string offsets fall at " + std::to_string(fall));
   Tensor out = make(n, ScalarType::Long);
   fiited::hash_strings(n, ends, data, static_cast<uint64_t>(seed), static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;

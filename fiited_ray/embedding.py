@@ -12,13 +12,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import _profiler_enabled as _profiled  # type: ignore[attr-defined]
 from torch.profiler import record_function
 
 from fiited_ray.data.batch import Batch
@@ -43,7 +42,7 @@ class PhaseTimes:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            with record_function(name) if _profiled() else nullcontext():
+            with record_function(name):
                 yield
         finally:
             with self._lock:

@@ -43,6 +43,12 @@ class Seen {
   uint64_t mask_ = 0;
 };
 
+// This thread's, for one call after the other. Its address is asked for once, not at every key.
+Seen& seen_here() {
+  static thread_local Seen seen;
+  return seen;
+}
+
 constexpr int64_t kBlock = 256;  // ids turned into keys together, in vector code
 
 void check_size(int64_t n) {
@@ -77,8 +83,7 @@ void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* f
   const std::unique_ptr<uint64_t[]> keys(new uint64_t[n]);
   const std::unique_ptr<int32_t[]> counts(new int32_t[n]);
   for_each_task(static_cast<int64_t>(parts.size()), [&](int64_t table) {
-    static thread_local Seen seen_here;
-    Seen& seen = seen_here;  // its address is asked for once
+    Seen& seen = seen_here();
     TablePart& part = parts[table];
     part.next.assign(workers, 0);
     if (part.lookups == 0) return;
@@ -133,7 +138,7 @@ void dedup_ids(const int64_t* ids, const int64_t* feature_ends, const int32_t* f
 
 void dedup_keys(int64_t n, const int64_t* keys, const int32_t* tables, const int32_t* counts, Deduped& out) {
   check_size(n);
-  static thread_local Seen seen;
+  Seen& seen = seen_here();
   seen.reset(n);
   out.unique = 0;
   for (int64_t i = 0; i < n; ++i) {  // keys of different tables may be equal, so both count

@@ -28,6 +28,7 @@ class Collator:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
+        self.columns = replace(config, time=None).columns  # the time is not part of a batch
         self.key = (config.seed + 2**63) % 2**64 - 2**63  # of the hash, as the operators take it
 
     def __call__(self, table: pa.Table, where: str = "batch", skipped: Callable[[DataError, int], None] | None = None) -> Batch:
@@ -55,7 +56,7 @@ class Collator:
                 at, table = at[~error.rows], table.filter(pa.array(~error.rows))
 
     def _batch(self, table: pa.Table, where: str) -> Batch:
-        config, rows, columns = self.config, table.num_rows, _columns(table)
+        config, rows, columns = self.config, table.num_rows, _columns(table, self.columns)
         lists = {name: _lists(columns[name], name, where, self.key) for name in config.multi_hot}
         weights = {name: _weights(columns[column], column, name, lists[name][1], where) for name, column in config.weights.items()}
         singles = len(config.categorical) * rows
@@ -95,8 +96,9 @@ class Collator:
                     quick.append(number)
                     continue
             out[number] = self._ids(columns, name, where)
-        if quick and values.size and values.min() == NULL_ID:
-            for number in quick:  # it may be written in one of them, which is an error
+        least = values.min(axis=1, initial=0)
+        for number in quick:
+            if least[number] == NULL_ID:  # written as an id, which is an error where the column could hold a null
                 out[number] = self._ids(columns, names[number], where)
 
     def _ids(self, columns: Mapping[str, pa.Array], name: str, where: str) -> Tensor:
@@ -142,10 +144,11 @@ class Collator:
         return torch.from_numpy(values).t().contiguous()
 
 
-def _columns(table: pa.Table) -> dict[str, pa.Array]:
-    """A table's columns, each in one piece."""
+def _columns(table: pa.Table, names: Sequence[str]) -> dict[str, pa.Array]:
+    """These columns of a table, each in one piece."""
     found = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
+    for name in names:
+        column = table[name]
         array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
         found[name] = array if isinstance(array, pa.Array) else pa.array([], column.type)
     return found

@@ -17,8 +17,8 @@ def joined(model: nn.Module) -> tuple[nn.Parameter, Tensor]:
     places = [0]
     for each in parameters:
         places.append(places[-1] + -(-each.numel() // _PLACE) * _PLACE)
-    values = nn.Parameter(parameters[0].new_zeros(places[-1], requires_grad=False))
-    values.grad = gradient = torch.zeros_like(values, requires_grad=False)
+    values = nn.Parameter(parameters[0].new_zeros(places[-1]))
+    values.grad = gradient = torch.zeros_like(values.data)
     for each, place in zip(parameters, places[:-1], strict=True):
         mine = slice(place, place + each.numel())
         values.data[mine] = each.data.reshape(-1)

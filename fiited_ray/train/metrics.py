@@ -96,8 +96,8 @@ class BinaryMetrics:
                 row -= len(waiting[batch][1])
                 batch += 1
             raise ValueError(
-                f"the model's logit for row {row} of batch {self._added_batches + batch} is {value} (batches are counted from 0, since "
-                "metrics were last reported); lower the learning rates"
+                f"the model's logit for row {row} of batch {self._added_batches + batch} is {value} (batches are counted from 0, from "
+                "the first that these metrics got); lower the learning rates"
             )
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         predictions = torch.sigmoid(logits)

@@ -57,7 +57,10 @@ def test_a_float32_tower_and_its_gradients_are_those_of_float64(last_relu: bool,
     shapes = [(rows, widths[0])]
     for wide, next_wide in pairwise(widths):
         shapes += [(next_wide, wide), (next_wide,)]
-    exact = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    exact = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    for weight in exact[3::2]:
+        weight /= weight.shape[1] ** 0.5  # behind the first layer: numbers stay as large as its own
+    exact = [each.requires_grad_() for each in exact]
     rounded = [each.detach().float().requires_grad_() for each in exact]
     grad = torch.randn(rows, widths[-1])
     found = []
@@ -66,8 +69,7 @@ def test_a_float32_tower_and_its_gradients_are_those_of_float64(last_relu: bool,
         out.backward(grad.to(out.dtype))
         found.append([out, x.grad, *(each.grad for each in parameters)])
     for one, other in zip(*found, strict=True):
-        largest = float(other.detach().abs().max()) if other.numel() else 0.0
-        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-5 * max(1.0, largest))
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_tower_passes_on_what_is_not_a_number() -> None:
