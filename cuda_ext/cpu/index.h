@@ -1,10 +1,11 @@
-// The index: from key to row address. Open addressing in the lines of core/line.h. Growth is by partition, a sixteenth at a time: no
+// The index: from key to row address. Open addressing in the lines of core/line.h. Growth is by partition, a small share at a time: no
 // pause, no second copy of the index.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,10 +16,10 @@
 namespace fiited {
 
 class Index {
+  static constexpr uint32_t kPartsPerTask = 64;
+
  public:
-  Index(Memory& memory, int partitions_log2) : memory_(memory), shift_(10 - partitions_log2) {
-    parts_.resize(size_t{1} << partitions_log2);
-  }
+  Index(Memory& memory, int partitions_log2) : memory_(memory), shift_(10 - partitions_log2), parts_(size_t{1} << partitions_log2) {}
   ~Index() {
     for (Part& part : parts_) release(part);
   }
@@ -27,7 +28,7 @@ class Index {
 
   // What the index needs with no row in it: the parts' directory and one spare line for each part.
   static int64_t fixed_bytes(int partitions_log2) { return (int64_t{1} << partitions_log2) * (sizeof(Part) + sizeof(Line)); }
-  // An upper bound of the bytes for each row beyond that, a part's rebuilding included.
+  // An upper bound of the bytes for each row beyond that, rebuilding included.
   static constexpr int64_t kBytesPerRow = 7;
 
   int64_t bytes() const { return line_bytes_ + static_cast<int64_t>(parts_.size() * sizeof(Part)); }
@@ -49,12 +50,17 @@ class Index {
     return find_in(part_of(key), key, same);
   }
 
+  // Threads may insert side by side, in at most so many tasks: as many parts are then rebuilt at a time.
+  uint32_t most_tasks() const { return std::max(1u, static_cast<uint32_t>(parts_.size()) / kPartsPerTask); }
+  // Which of so many tasks, each with partitions of its own, has this key.
+  uint32_t task_of(uint64_t key, uint32_t tasks) const { return (partition_bits(key) >> shift_) * tasks >> (10 - shift_); }
+
   // The key must not be in the index. False when there is no memory for it. `key_at(address)` reads a row's key.
   template <class KeyAt>
   bool insert(uint64_t key, uint32_t address, KeyAt&& key_at) {
     Part& part = part_of(key);
     if (part.count + 1 > line_capacity(part.size)) {
-      if (!rebuild(part, grown_lines(part.size, part.count + 1), key_at)) return false;
+      if (!rebuild(part, grown_lines(part.size, part.count + 1, parts_.size()), key_at)) return false;
     }
     place(part, key, address);
     ++part.count;
@@ -146,9 +152,8 @@ class Index {
 
   template <class KeyAt>
   bool rebuild(Part& part, uint32_t lines, KeyAt&& key_at) {
-    auto* fresh = static_cast<Line*>(memory_.take(lines * sizeof(Line)));
-    if (fresh == nullptr) return false;
-    Part larger{fresh, lines, part.count};
+    Part larger{take(lines), lines, part.count};
+    if (larger.lines == nullptr) return false;
     constexpr int kAhead = 16;  // keys stand in the rows: fetch them before they are needed
     const uint32_t slots = part.size * kSlots;
     for (uint32_t at = 0; at < slots + kAhead; ++at) {
@@ -162,14 +167,21 @@ class Index {
         if (line.tag[late % kSlots]) place(larger, key_at(line.address[late % kSlots]), line.address[late % kSlots]);
       }
     }
-    line_bytes_ += static_cast<int64_t>(Memory::rounded(lines * sizeof(Line)));
     release(part);
     part = larger;
     return true;
   }
 
+  Line* take(uint32_t lines) {
+    const std::lock_guard lock(memory_lock_);
+    auto* const taken = static_cast<Line*>(memory_.take(lines * sizeof(Line)));
+    if (taken != nullptr) line_bytes_ += static_cast<int64_t>(Memory::rounded(lines * sizeof(Line)));
+    return taken;
+  }
+
   void release(Part& part) {
     if (part.lines == nullptr) return;
+    const std::lock_guard lock(memory_lock_);
     line_bytes_ -= static_cast<int64_t>(Memory::rounded(part.size * sizeof(Line)));
     memory_.give(part.lines, part.size * sizeof(Line));
     part = Part{};
@@ -178,6 +190,7 @@ class Index {
   Memory& memory_;
   int shift_;
   std::vector<Part> parts_;
+  std::mutex memory_lock_;  // of the memory and its count, while threads insert
   int64_t line_bytes_ = 0;
 };
 

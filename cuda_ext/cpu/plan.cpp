@@ -16,7 +16,7 @@ namespace fiited {
 int ShardConfig::partitions_log2() const {
   const int64_t rows = limit_bytes ? limit_bytes / (row_bytes(1)) : (int64_t{1} << 24);
   int log2 = 4;
-  while (log2 < 10 && (rows >> (log2 + 1)) > 4096) ++log2;
+  while (log2 < 10 && (rows >> (log2 + 1)) > 1024) ++log2;
   return log2;
 }
 

@@ -15,6 +15,7 @@ namespace fiited {
 namespace {
 
 constexpr uint32_t kRoundBlock = 16;  // rows of a round that are decided together, before the first of them moves
+constexpr int64_t kNewRowsPerTask = 512;
 constexpr uint64_t kAllKeys = 1ull << 32;
 
 template <class Store>
@@ -62,11 +63,15 @@ class ShardOf final : public ShardRows {
     counted_.hits += hits;
     if (!training || threshold_ != 0.0) return;
     full_ = false;
+    std::vector<NewRow> fresh;
     for (int64_t i = 0; i < n; ++i) {
       if (addresses[i] != kAbsent) continue;
-      addresses[i] = ask(keys[i], static_cast<uint16_t>(tables[i]), layout_.chunks, 0.0f, step, quota);
-      if (addresses[i] != kAbsent) widths[i] = static_cast<uint8_t>(layout_.chunks);
+      addresses[i] = ask(keys[i], static_cast<uint16_t>(tables[i]), layout_.chunks, step, quota);
+      if (addresses[i] == kAbsent) continue;
+      widths[i] = static_cast<uint8_t>(layout_.chunks);
+      fresh.push_back({i, addresses[i], 0.0f});
     }
+    write_rows(fresh, keys, tables, [] { return [](const NewRow&) {}; });
   }
 
   void read(int64_t n, const int32_t* take, const uint32_t* addresses, const uint8_t* widths, float* values) const override {
@@ -180,42 +185,59 @@ class ShardOf final : public ShardRows {
     }
   }
 
-  // A row for a key that is worth one, if the key is among the share that is let in at this step and there is room. After the first that
-  // finds none, no other gets in at this step, so that who does can be found by prefix sums.
-  uint32_t ask(uint64_t key, uint16_t table, int width, float scaled_importance, int64_t step, uint64_t quota) {
-    counted_.asked_bytes += row_bytes_[width];
-    if (full_ || !let_in(key, step, quota)) {
-      ++counted_.refused;
-      return kAbsent;
-    }
-    const uint32_t address = admit(key, table, width, scaled_importance);
-    full_ = address == kAbsent;
-    return address;
-  }
+  // A row that has been given its place; nothing is written in it yet.
+  struct NewRow {
+    int64_t position;  // of its key among those of the batch
+    uint32_t address;
+    float importance;  // scaled
+  };
 
-  // A new row with initial values and clean state; kAbsent, and counted, when there is no room.
-  uint32_t admit(uint64_t key, uint16_t table, int width, float scaled_importance) {
+  // A place for the row of a key that is worth one, if the key is among the share that is let in at this step and there is room; kAbsent
+  // otherwise. After the first that finds none, no other gets in at this step, so that who does can be found by prefix sums.
+  uint32_t ask(uint64_t key, uint16_t table, int width, int64_t step, uint64_t quota) {
+    counted_.asked_bytes += row_bytes_[width];
     uint32_t address = kAbsent;
-    if (planned_ + row_bytes_[width] <= limit_) address = pools_.append(width);
+    if (!full_ && let_in(key, step, quota)) {
+      if (planned_ + row_bytes_[width] <= limit_) address = pools_.append(width);
+      full_ = address == kAbsent;
+    }
     if (address == kAbsent) {
       ++counted_.refused;
       return kAbsent;
     }
-    std::byte* row = pools_.row(address);
-    pools_.header(address) = RowHeader{key, scaled_importance, table, Mark::kSaved};
-    pools_.mark_changed(address);
-    if (!index_.insert(key, address, key_at())) {
-      pools_.remove(address);
-      ++counted_.refused;
-      return kAbsent;
-    }
-    initialise(row, width, 0, key, table, config_.init_scale);
-    std::memset(row + layout_.state_offset(width), 0, layout_.state_bytes(width));
     ++rows_by_[table * layout_.chunks + width - 1];
     planned_ += row_bytes_[width];
     counted_.admitted_bytes += row_bytes_[width];
     ++counted_.admitted;
     return address;
+  }
+
+  // Writes new rows, with initial values and clean state, and their entries in the index: each task those of its own partitions, which it
+  // then hands to a visitor that `prepare` makes for it.
+  template <class Prepare>
+  void write_rows(const std::vector<NewRow>& fresh, const int64_t* keys, const int32_t* tables, Prepare&& prepare) {
+    const auto most = std::min<int64_t>(threads.count(), index_.most_tasks());
+    const auto tasks = static_cast<uint32_t>(std::clamp<int64_t>(fresh.size() / kNewRowsPerTask, 1, most));
+    std::atomic<bool> written{true};
+    for_each_task(tasks, [&](int64_t task) {
+      auto visit = prepare();
+      for (size_t at = 0; at < fresh.size(); ++at) {
+        if (at + kInFlight < fresh.size()) index_.prefetch(keys[fresh[at + kInFlight].position]);
+        const NewRow& one = fresh[at];
+        const auto key = static_cast<uint64_t>(keys[one.position]);
+        if (index_.task_of(key, tasks) != task) continue;
+        const auto table = static_cast<uint16_t>(tables[one.position]);
+        const int width = pools_.width(one.address);
+        std::byte* const row = pools_.row(one.address);
+        pools_.header(one.address) = RowHeader{key, one.importance, table, Mark::kSaved};
+        pools_.mark_changed(one.address);
+        initialise(row, width, 0, key, table, config_.init_scale);
+        std::memset(row + layout_.state_offset(width), 0, layout_.state_bytes(width));
+        if (!index_.insert(key, one.address, key_at())) written = false;
+        visit(one);
+      }
+    });
+    if (!written) throw std::runtime_error("the system has no memory for the index of new rows");
   }
 
   void drop(uint32_t address) {  // the index no longer leads here
@@ -351,19 +373,20 @@ class ShardOf final : public ShardRows {
                                " is not finite");
     }
     if (threshold_ == 0.0) return;  // rows are then given out at lookup
-    std::vector<float> scratch(kSumLevels * layout_.chunks * layout_.chunk);
+    std::vector<NewRow> won;
     for (int64_t i = 0; i < rows.n; ++i) {
       if (i + kInFlight < rows.n && rows.addresses[i + kInFlight] == kAbsent) sketch_.prefetch(rows.keys[i + kInFlight]);
-      if (rows.addresses[i] != kAbsent) continue;
-      const auto key = static_cast<uint64_t>(rows.keys[i]);
-      const uint32_t won = win_row(key, static_cast<uint16_t>(rows.tables[i]), gains[i], rows.step);
-      if (won == kAbsent) continue;
-      const float* g = gradients.sum(i, 0, scratch.data());
-      const int width = pools_.width(won);
-      std::byte* row = pools_.row(won);
-      apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, layout_.chunk, width * layout_.chunk,
-                         sum_of_squares(layout_.chunk, g), key, constants);
+      if (rows.addresses[i] == kAbsent) win_row(rows, i, gains[i], won);
     }
+    write_rows(won, rows.keys, rows.tables, [&] {
+      return [&, scratch = std::vector<float>(kSumLevels * layout_.chunks * layout_.chunk)](const NewRow& one) mutable {
+        const float* g = gradients.sum(one.position, 0, scratch.data());
+        const int width = pools_.width(one.address);
+        std::byte* row = pools_.row(one.address);
+        apply<Store, kind>(row + sizeof(RowHeader), row + layout_.state_offset(width), g, layout_.chunk, width * layout_.chunk,
+                           sum_of_squares(layout_.chunk, g), static_cast<uint64_t>(rows.keys[one.position]), constants);
+      };
+    });
   }
 
   bool still_there(const Update& rows, int64_t i) const {
@@ -378,13 +401,15 @@ class ShardOf final : public ShardRows {
   }
 
   // An absent key's gain goes to the sketch; what that remembers of the key may be worth a row.
-  uint32_t win_row(uint64_t key, uint16_t table, float gain, int64_t step) {
-    const float estimate = sketch_.add(key, gain, step);
+  void win_row(const Update& rows, int64_t i, float gain, std::vector<NewRow>& won) {
+    const auto key = static_cast<uint64_t>(rows.keys[i]);
+    const float estimate = sketch_.add(key, gain, rows.step);
     const int width = width_of(estimate * decay_.unscale() / static_cast<float>(config_.admission), cuts_.data(), layout_.chunks);
-    if (width == 0) return kAbsent;
-    const uint32_t won = ask(key, table, width, estimate, step, quota_);
-    if (won != kAbsent) sketch_.forget(key);
-    return won;
+    if (width == 0) return;
+    const uint32_t address = ask(key, static_cast<uint16_t>(rows.tables[i]), width, rows.step, quota_);
+    if (address == kAbsent) return;
+    sketch_.forget(key);
+    won.push_back({i, address, estimate});
   }
 
   void advance(int64_t step) {

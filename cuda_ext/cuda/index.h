@@ -48,7 +48,7 @@ class DeviceIndex {
     for (int p = 0; p < partitions(); ++p) {
       if (more[p] == 0) continue;
       Part& part = parts_[p];
-      const uint32_t lines = grown_lines(part.size, uint64_t{part.count} + more[p]);
+      const uint32_t lines = grown_lines(part.size, uint64_t{part.count} + more[p], parts_.size());
       if (lines > part.size) rebuild_soon(stream, view, part, lines);
       part.count += more[p];
     }
