@@ -32,22 +32,24 @@ struct Part {
 
 FIITED_HD uint32_t line_capacity(uint32_t lines) { return static_cast<uint32_t>(lines * (kSlots * kFullest)); }
 
-// The share of its lines, one in so many, by which a part grows. Each time all of its entries are placed anew, so long steps are cheaper.
-// But `Index::kBytesPerRow` holds the spare lines and the old ones of a part that is rebuilt, which weigh more where there are few parts.
-FIITED_HD uint32_t growth_of(size_t parts) { return parts < 64 ? 16 : 9; }
+// By how many lines a part, one of so many, grows. Each time all of its entries are placed anew, so long steps are cheaper. But
+// `Index::kBytesPerRow` holds the spare lines and the old ones of a part that is rebuilt, which weigh more where there are few parts.
+FIITED_HD uint32_t step_of(uint32_t lines, size_t parts) {
+  const uint32_t step = lines / (parts < 64 ? 16 : 9);
+  return step > 1 ? step : 1;
+}
 
-// Lines that a part, one of so many, has for so many entries.
+// Lines that a part has for so many entries.
 FIITED_HD uint32_t grown_lines(uint32_t lines, uint64_t entries, size_t parts) {
-  const uint32_t growth = growth_of(parts);
-  while (entries > line_capacity(lines)) lines += lines / growth > 1 ? lines / growth : 1;
+  while (entries > line_capacity(lines)) lines += step_of(lines, parts);
   return lines;
 }
 
-// Lines that a part is cut down to after erasing; its present number where that is near enough.
-FIITED_HD uint32_t shrunk_lines(uint32_t lines, uint32_t entries) {
+// Lines that a part, one of so many, is cut down to after erasing; its present number where it would grow to that soon.
+FIITED_HD uint32_t shrunk_lines(uint32_t lines, uint32_t entries, size_t parts) {
   if (entries == 0) return 0;
   const uint32_t wanted = static_cast<uint32_t>(static_cast<double>(entries) / (kSlots * kFullest)) + 1;
-  return wanted + (wanted / 16 > 1 ? wanted / 16 : 1) < lines ? wanted : lines;
+  return wanted + step_of(wanted, parts) < lines ? wanted : lines;
 }
 
 FIITED_HD uint32_t home_line(uint32_t lines, uint64_t key) { return reduce_range(static_cast<uint32_t>(key), lines); }

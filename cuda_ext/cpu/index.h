@@ -122,7 +122,7 @@ class Index {
   template <class KeyAt>
   void shrink(KeyAt&& key_at) {
     for (Part& part : parts_) {
-      const uint32_t wanted = shrunk_lines(part.size, part.count);
+      const uint32_t wanted = shrunk_lines(part.size, part.count, parts_.size());
       if (wanted == 0) {
         release(part);
       } else if (wanted < part.size) {

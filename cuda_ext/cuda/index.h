@@ -61,7 +61,7 @@ class DeviceIndex {
     for (int p = 0; p < partitions(); ++p) {
       Part& part = parts_[p];
       part.count -= less[p];
-      const uint32_t lines = shrunk_lines(part.size, part.count);
+      const uint32_t lines = shrunk_lines(part.size, part.count, parts_.size());
       if (lines == 0) {
         give(stream, part);
       } else if (lines < part.size) {
