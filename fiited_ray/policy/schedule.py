@@ -11,15 +11,18 @@ class RoundSchedule:
     """Every worker keeps one and asks it the same questions, so that all hold the same rounds."""
 
     def __init__(self, policy: PolicyConfig) -> None:
-        self.gap = policy.first_round
         self.last_step = 0
         self.rounds = 0
-        self._interval = policy.interval
+        self._policy = policy
 
     def due(self, step: int, crowded: bool) -> bool:
         """Whether a round is to be held after this step. `crowded`: rows were turned away for want of room."""
-        passed = step - self.last_step
-        return passed >= self.gap or (crowded and passed >= self.shortest_gap)
+        return step - self.last_step >= (self.shortest_gap if crowded else self.gap)
+
+    @property
+    def gap(self) -> int:
+        """Steps from the last round to the next one where nothing presses: it doubles with each round until it reaches the interval."""
+        return min(self._policy.interval, self.last_step + self._policy.first_round)
 
     @property
     def shortest_gap(self) -> int:
@@ -27,8 +30,6 @@ class RoundSchedule:
         return max(1, self.gap // _PRESSED)
 
     def held(self, step: int) -> None:
-        """Note a round after `step`. Once one comes in its own time, the next gap doubles until it reaches the interval."""
-        if step - self.last_step >= self.gap:
-            self.gap = min(self._interval, 2 * self.gap)
+        """Note a round after `step`."""
         self.last_step = step
         self.rounds += 1
