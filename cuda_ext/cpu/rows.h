@@ -2,6 +2,7 @@
 // checked (cpu/rows.cpp), saved and loaded (cpu/saving.cpp). What learns is in cpu/shard.cpp.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "cpu/distinct.h"
 #include "cpu/index.h"
 #include "cpu/memory.h"
+#include "cpu/parallel.h"
 #include "cpu/pools.h"
 #include "cpu/shard.h"
 #include "cpu/sketch.h"
@@ -16,6 +18,7 @@
 namespace fiited {
 
 constexpr int64_t kKeysPerTask = 2048;
+constexpr int64_t kInsertedPerTask = 512;
 
 class ShardRows : public CpuShard {
  public:
@@ -70,6 +73,21 @@ class ShardRows : public CpuShard {
         visit(address, pools_.header(address));
       }
     }
+  }
+
+  // Visits each i in [0, n), which has the key `key(i)`: each of several tasks those of its own partitions of the index, in rising order,
+  // with a visitor that `prepare()` makes for it. The partitions' lines are fetched ahead, so that visitors may insert.
+  template <class Key, class Prepare>
+  void for_each_by_partition(int64_t n, Key&& key, Prepare&& prepare) {
+    const auto most = std::min<int64_t>(threads.count(), index_.most_tasks());
+    const auto tasks = static_cast<uint32_t>(std::clamp<int64_t>(n / kInsertedPerTask, 1, most));
+    for_each_task(tasks, [&](int64_t task) {
+      auto visit = prepare();
+      for (int64_t i = 0; i < n; ++i) {
+        if (i + kInFlight < n) index_.prefetch(key(i + kInFlight));
+        if (index_.task_of(key(i), tasks) == task) visit(i);
+      }
+    });
   }
 
   void require_no_rows(const char* what) const;

@@ -3,6 +3,8 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <mutex>
 
 #include "core/numeric.h"
 #include "cpu/parallel.h"
@@ -15,17 +17,21 @@ namespace {
 constexpr uint32_t kRowsListed = 1 << 16;  // by a task; a multiple of 64
 
 struct Place {  // in bytes, of a row's vector and state among those of other rows
-  int64_t value, state;
+  int64_t value = 0, state = 0;
+
+  void pass(const RowLayout& layout, int width) {
+    value += layout.vector_bytes(width);
+    state += layout.state_bytes(width);
+  }
 };
 
 // Of every kKeysPerTask-th row.
 std::vector<Place> starts_of(const RowLayout& layout, int64_t n, const uint8_t* widths) {
   std::vector<Place> starts;
-  Place at{0, 0};
+  Place at;
   for (int64_t i = 0; i < n; ++i) {
     if (i % kKeysPerTask == 0) starts.push_back(at);
-    at.value += layout.vector_bytes(widths[i]);
-    at.state += layout.state_bytes(widths[i]);
+    at.pass(layout, widths[i]);
   }
   return starts;
 }
@@ -95,8 +101,7 @@ void ShardRows::take(int64_t n, const uint32_t* addresses, const HeldRows& out) 
       out.importance[i] = header.importance;
       std::memcpy(static_cast<std::byte*>(out.values) + to.value, row + sizeof(RowHeader), layout_.vector_bytes(width));
       std::copy_n(row + layout_.state_offset(width), layout_.state_bytes(width), reinterpret_cast<std::byte*>(out.state) + to.state);
-      to.value += layout_.vector_bytes(width);
-      to.state += layout_.state_bytes(width);
+      to.pass(layout_, width);
     }
   });
 }
@@ -125,41 +130,76 @@ void ShardRows::reserve(const std::vector<int64_t>& rows_by_width) {
 }
 
 void ShardRows::put(int64_t n, const HeldRows& rows, const uint32_t* addresses) {
-  const auto* values = static_cast<const std::byte*>(rows.values);
-  const float* state = rows.state;
-  for (int64_t i = 0; i < n; ++i) {
+  // The first row that cannot be: those before it are gone on with, in case one of them turns out to be another.
+  int64_t end = n;
+  std::string fault;
+  std::mutex telling;
+  const auto tell = [&](int64_t row, const std::string& what) {
+    const std::lock_guard lock(telling);
+    if (row >= end) return;
+    end = row;
+    fault = what;
+  };
+
+  const std::vector<Place> starts = starts_of(layout_, n, rows.widths);
+  const std::unique_ptr<uint64_t[]> keys(new uint64_t[n]);
+  const auto value_at = [&](Place at) { return static_cast<const std::byte*>(rows.values) + at.value; };
+  const auto state_at = [&](Place at) { return reinterpret_cast<const std::byte*>(rows.state) + at.state; };
+  for_each_range(n, kKeysPerTask, [&](int64_t begin, int64_t after) {
+    Place from = starts[begin / kKeysPerTask];
+    for (int64_t i = begin; i < after; from.pass(layout_, rows.widths[i++])) {
+      const int width = rows.widths[i];
+      keys[i] = key_of(static_cast<uint64_t>(rows.raw_ids[i]), salts_[rows.tables[i]]);
+      const uint32_t bucket = bucket_of(keys[i]);
+      const auto* const state = reinterpret_cast<const float*>(state_at(from));
+      const auto is_nan = [](float x) { return std::isnan(x); };
+      const char* const what = bucket < config_.first_bucket || bucket >= config_.end_bucket         ? "belongs to another shard"
+                               : !all_finite(config_.storage, value_at(from), width * layout_.chunk) ? "has a value that is not finite"
+                               : std::any_of(state, state + layout_.state_bytes(width) / 4, is_nan)  ? "has NaN in its optimizer state"
+                               : addresses != nullptr && !pools_.fits(addresses[i], width) ? "has an address that is none of its width"
+                                                                                           : nullptr;
+      if (what != nullptr) return tell(i, what);
+    }
+  });
+
+  const std::unique_ptr<uint32_t[]> places(new uint32_t[n]);
+  for (int64_t i = 0; i < end; ++i) {
+    if (addresses != nullptr && i + kInFlight < end) pools_.prefetch_header(addresses[i + kInFlight]);
     const int width = rows.widths[i];
-    const auto table = static_cast<uint16_t>(rows.tables[i]);
-    const uint64_t key = key_of(static_cast<uint64_t>(rows.raw_ids[i]), salts_[table]);
-    const auto fail = [&](const std::string& what) {
-      throw std::runtime_error("row " + std::to_string(i) + " (table " + std::to_string(table) + ", id " + std::to_string(rows.raw_ids[i]) +
-                               ") " + what);
-    };
-    const uint32_t bucket = bucket_of(key);
-    if (bucket < config_.first_bucket || bucket >= config_.end_bucket) fail("belongs to another shard");
-    if (!all_finite(config_.storage, values, width * layout_.chunk)) fail("has a value that is not finite");
-    for (int at = 0; at < layout_.state_bytes(width) / 4; ++at) {
-      if (std::isnan(state[at])) fail("has NaN in its optimizer state");
-    }
-    if (find(key, table) != kAbsent) fail("is already in the store");
-    uint32_t address;
     if (addresses != nullptr) {
-      address = addresses[i];
-      if (!pools_.holds(address) || pools_.width(address) != width) fail("has an address that is none of its width");
-      if (pools_.header(address).mark == Mark::kPlaced) fail("has the address of another row");
+      places[i] = addresses[i];
+      if (pools_.header(places[i]).mark == Mark::kPlaced) tell(i, "has the address of another row");
     } else {
-      address = planned_ + row_bytes_[width] <= limit_ ? pools_.append(width) : kAbsent;
-      if (address == kAbsent) fail("does not fit into the limit of " + std::to_string(limit_) + " bytes");
+      places[i] = planned_ + row_bytes_[width] <= limit_ ? pools_.append(width) : kAbsent;
+      if (places[i] == kAbsent) tell(i, "does not fit into the limit of " + std::to_string(limit_) + " bytes");
     }
-    pools_.header(address) = RowHeader{key, rows.importance[i], table, Mark::kPlaced};
-    if (!index_.insert(key, address, key_at())) fail("finds no memory for its index entry");
-    std::byte* row = pools_.row(address);
-    std::memcpy(row + sizeof(RowHeader), values, layout_.vector_bytes(width));
-    std::copy_n(reinterpret_cast<const std::byte*>(state), layout_.state_bytes(width), row + layout_.state_offset(width));
+    if (i == end) break;
+    const auto table = static_cast<uint16_t>(rows.tables[i]);
+    pools_.header(places[i]) = RowHeader{keys[i], rows.importance[i], table, Mark::kPlaced};
     ++rows_by_[table * layout_.chunks + width - 1];
     planned_ += row_bytes_[width];
-    values += layout_.vector_bytes(width);
-    state += layout_.state_bytes(width) / 4;
+  }
+
+  for_each_by_partition(
+      end, [&](int64_t i) { return keys[i]; },
+      [&] {
+        return [&, from = Place{}, passed = int64_t{0}](int64_t i) mutable {
+          for (; passed < i; ++passed) from.pass(layout_, rows.widths[passed]);
+          std::byte* const row = pools_.row(places[i]);
+          const int width = rows.widths[i];
+          std::memcpy(row + sizeof(RowHeader), value_at(from), layout_.vector_bytes(width));
+          std::copy_n(state_at(from), layout_.state_bytes(width), row + layout_.state_offset(width));
+          if (find(keys[i], static_cast<uint16_t>(rows.tables[i])) != kAbsent) {
+            tell(i, "is already in the store");
+          } else if (!index_.insert(keys[i], places[i], key_at())) {
+            tell(i, "finds no memory for its index entry");
+          }
+        };
+      });
+
+  if (end < n) {
+    throw std::runtime_error("row " + std::to_string(end) + " (table " + std::to_string(rows.tables[end]) + ", id " +
+                             std::to_string(rows.raw_ids[end]) + ") " + fault);
   }
 }
 

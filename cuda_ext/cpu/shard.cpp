@@ -1,6 +1,7 @@
 #include "cpu/shard.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -14,8 +15,8 @@ namespace fiited {
 
 namespace {
 
-constexpr uint32_t kRoundBlock = 16;  // rows of a round that are decided together, before the first of them moves
-constexpr int64_t kNewRowsPerTask = 512;
+constexpr uint32_t kRoundBlock = 65536;  // rows of a round that are looked at together, before the first of them moves
+constexpr uint32_t kRoundRange = 4096;
 constexpr uint64_t kAllKeys = 1ull << 32;
 
 template <class Store>
@@ -112,15 +113,17 @@ class ShardOf final : public ShardRows {
     set_cuts();
     int64_t growth = 0;
     for (int width = layout_.chunks; width >= 1; --width) {
-      for_each_row_backwards(
-          width, [&](int wanted) { return wanted < width; },
+      growth += for_each_changing(
+          width,
+          [&](int wanted, int64_t& bytes) {
+            if (wanted > width) bytes += row_bytes_[wanted] - row_bytes_[width];
+            return wanted < width;
+          },
           [&](uint32_t address, int wanted) {
             if (wanted == 0) {
               evict(address);
-            } else if (wanted < width) {
-              move(address, wanted);
             } else {
-              growth += row_bytes_[wanted] - row_bytes_[width];
+              move(address, wanted);
             }
           });
     }
@@ -130,10 +133,8 @@ class ShardOf final : public ShardRows {
 
   void grow() override {
     for (int width = layout_.chunks - 1; width >= 1; --width) {
-      const auto grows = [&](int wanted) { return wanted > width; };
-      for_each_row_backwards(width, grows, [&](uint32_t address, int wanted) {
-        if (grows(wanted)) move(address, wanted);
-      });
+      for_each_changing(
+          width, [&](int wanted, int64_t&) { return wanted > width; }, [&](uint32_t address, int wanted) { move(address, wanted); });
     }
   }
 
@@ -148,26 +149,49 @@ class ShardOf final : public ShardRows {
   }
 
  private:
-  // Visits the rows of a width, last one first, with the width that their importance earns them. `visit` may take its row out: the
-  // pool's last row, which has been visited, then moves into its place. What rows that `changes` touch in the index and the sketch is
-  // fetched ahead.
+  // Visits the rows of a width that are to have another one, last one first: `changes(wanted, tally)` says which, by the width that a row's
+  // importance earns it. `visit(address, wanted)` takes the row out; the pool's last row, which has been looked at, then moves into its
+  // place. All threads look, at some rows before the first of them moves; what the moves touch is fetched ahead. Returns the tallies' sum.
   template <class Changes, class Visit>
-  void for_each_row_backwards(int width, Changes&& changes, Visit&& visit) {
-    int wanted[kRoundBlock];
+  int64_t for_each_changing(int width, Changes&& changes, Visit&& visit) {
+    struct Changing {
+      uint32_t address;
+      int32_t wanted;
+    };
+    std::array<std::vector<Changing>, kRoundBlock / kRoundRange> found;  // by range, last row first
+    std::vector<Changing> changing;
+    std::atomic<int64_t> tallied{0};
     for (uint32_t end = pools_.count(width); end > 0;) {
       const uint32_t begin = end > kRoundBlock ? end - kRoundBlock : 0;
-      uint32_t last = pools_.count(width);
-      for (uint32_t at = end; at-- > begin;) {
-        const RowHeader& header = pools_.header(pools_.address_of(width, at));
-        wanted[at - begin] = width_of(header.importance * decay_.unscale(), cuts_.data(), layout_.chunks);
-        if (!changes(wanted[at - begin])) continue;
-        index_.prefetch(header.key);
-        if (wanted[at - begin] == 0) sketch_.prefetch(header.key);
-        index_.prefetch(pools_.header(pools_.address_of(width, --last)).key);  // the row that will take its place
+      for_each_range(end - begin, kRoundRange, [&](int64_t first, int64_t last) {
+        auto& mine = found[first / kRoundRange];
+        const float unscale = decay_.unscale();
+        int64_t tally = 0;
+        for (int64_t at = last; at-- > first;) {
+          const uint32_t address = pools_.address_of(width, begin + static_cast<uint32_t>(at));
+          const int wanted = width_of(pools_.header(address).importance * unscale, cuts_.data(), layout_.chunks);
+          if (changes(wanted, tally)) mine.push_back({address, wanted});
+        }
+        tallied += tally;
+      });
+      for (size_t range = found.size(); range-- > 0; found[range].clear()) {
+        changing.insert(changing.end(), found[range].begin(), found[range].end());
       }
-      for (uint32_t at = end; at-- > begin;) visit(pools_.address_of(width, at), wanted[at - begin]);
+      uint32_t last = pools_.count(width);
+      for (size_t at = 0; at < changing.size() + kInFlight; ++at) {
+        if (at + kInFlight < changing.size()) pools_.prefetch_row(changing[at + kInFlight].address);
+        if (at < changing.size()) {
+          const uint64_t key = pools_.header(changing[at].address).key;
+          index_.prefetch(key);
+          if (changing[at].wanted == 0) sketch_.prefetch(key);
+          index_.prefetch(pools_.header(pools_.address_of(width, --last)).key);  // the row that will take its place
+        }
+        if (at >= kInFlight) visit(changing[at - kInFlight].address, changing[at - kInFlight].wanted);
+      }
+      changing.clear();
       end = begin;
     }
+    return tallied;
   }
 
   static const typename Store::Bits* vector_of(const std::byte* row) {
@@ -212,20 +236,16 @@ class ShardOf final : public ShardRows {
     return address;
   }
 
-  // Writes new rows, with initial values and clean state, and their entries in the index: each task those of its own partitions, which it
-  // then hands to a visitor that `prepare` makes for it.
+  // Writes new rows, with initial values and clean state, and their entries in the index. Each is then handed to a visitor that `prepare`
+  // makes for each task.
   template <class Prepare>
   void write_rows(const std::vector<NewRow>& fresh, const int64_t* keys, const int32_t* tables, Prepare&& prepare) {
-    const auto most = std::min<int64_t>(threads.count(), index_.most_tasks());
-    const auto tasks = static_cast<uint32_t>(std::clamp<int64_t>(fresh.size() / kNewRowsPerTask, 1, most));
     std::atomic<bool> written{true};
-    for_each_task(tasks, [&](int64_t task) {
-      auto visit = prepare();
-      for (size_t at = 0; at < fresh.size(); ++at) {
-        if (at + kInFlight < fresh.size()) index_.prefetch(keys[fresh[at + kInFlight].position]);
+    const auto key_of_row = [&](int64_t at) { return static_cast<uint64_t>(keys[fresh[at].position]); };
+    for_each_by_partition(static_cast<int64_t>(fresh.size()), key_of_row, [&] {
+      return [&, visit = prepare()](int64_t at) mutable {
         const NewRow& one = fresh[at];
-        const auto key = static_cast<uint64_t>(keys[one.position]);
-        if (index_.task_of(key, tasks) != task) continue;
+        const uint64_t key = key_of_row(at);
         const auto table = static_cast<uint16_t>(tables[one.position]);
         const int width = pools_.width(one.address);
         std::byte* const row = pools_.row(one.address);
@@ -235,7 +255,7 @@ class ShardOf final : public ShardRows {
         std::memset(row + layout_.state_offset(width), 0, layout_.state_bytes(width));
         if (!index_.insert(key, one.address, key_at())) written = false;
         visit(one);
-      }
+      };
     });
     if (!written) throw std::runtime_error("the system has no memory for the index of new rows");
   }

@@ -114,6 +114,27 @@ def test_rows_that_come_on_many_threads_stay_within_the_budget(threads: int, fou
     assert_equal(filled(threads).export_rows(), filled(1).export_rows())
 
 
+@pytest.mark.parametrize("placed", [True, False])
+def test_rows_are_loaded_by_many_threads_as_by_one(placed: bool, four_threads: None) -> None:
+    saved = trained(make_spec(optimizer="adam"), pooled=True)
+    addresses, _, _ = saved.changed(True)
+    rows = saved.take(addresses)
+    assert len(addresses) > 4 * 512  # enough for four tasks
+    loaded = VhpiShard(saved.spec)
+    loaded.restore(saved.state(), saved.threshold)
+    if placed:
+        loaded.reserve(saved.rows_by_width().sum(0).tolist())
+    loaded.put(rows, addresses, placed)
+    loaded.seal()
+    loaded.check()
+    assert_equal(loaded.export_rows(), saved.export_rows())
+    for late, early in ((2000, 5), (2000, 1999)):  # far apart, and of one task or of two
+        doubled = dataclasses.replace(rows, raw_ids=rows.raw_ids.clone(), tables=rows.tables.clone())
+        doubled.raw_ids[late], doubled.tables[late] = rows.raw_ids[early], rows.tables[early]
+        with pytest.raises(RuntimeError, match=rf"row {late} \(table .*\) is already in the store"):
+            VhpiShard(saved.spec).put(doubled)
+
+
 def test_rows_are_read_in_the_order_asked_for() -> None:
     shard = trained(make_spec(), pooled=True)
     found, _ = looked_up(shard, 9, False, False, 9)
