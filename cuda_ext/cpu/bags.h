@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "core/numeric.h"
@@ -13,7 +14,8 @@
 
 namespace fiited {
 
-constexpr int64_t kTileRows = 64;  // batch rows that are pooled together
+constexpr int64_t kTileRows = 64;                    // batch rows that are pooled together
+constexpr int64_t kLargeResult = int64_t{32} << 20;  // bytes: more than caches hold until it is read again
 
 // Items begin..end-1 summed as kSummedTogether says: add(item, to) adds one; `to` has room for `size` numbers at each of its levels.
 template <class Real, class Add>
@@ -48,6 +50,8 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
   const auto* weights = static_cast<const Real*>(bags.weights);
   const bool scaled = weights != nullptr || bags.mean;
   const int dim = bags.dim();
+  const bool streams = std::is_same_v<Real, float> && !scaled && dim % 4 == 0 && bags.chunk % 4 == 0 &&
+                       reinterpret_cast<uintptr_t>(out) % 16 == 0 && bags.batch * bags.features * dim * sizeof(Real) >= kLargeResult;
   for_each_range(bags.batch, kTileRows, [&](int64_t first, int64_t end) {
     const auto for_each_bag = [&](auto&& visit) {
       for (int64_t f = 0; f < bags.features; ++f) {
@@ -78,6 +82,18 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
     for (size_t bag = 0; bag + 1 < starts.size(); ++bag) {
       Real* __restrict to = out + (first * bags.features + static_cast<int64_t>(bag)) * dim;
       int written = 0;
+      if constexpr (std::is_same_v<Real, float>) {
+        if (streams && starts[bag + 1] - starts[bag] <= 1) {
+          if (starts[bag + 1] > starts[bag]) {
+            if ((starts[bag] & (ahead - 1)) == 0) fetch(starts[bag] + ahead);
+            const auto* from = vectors[starts[bag]].at;
+            written = vectors[starts[bag]].live;
+            stream(written, to, [&](int64_t d) { return Store::to_float(from[d]); });
+          }
+          stream(dim - written, to + written, [](int64_t) { return 0.0f; });
+          continue;
+        }
+      }
       for (int32_t i = starts[bag]; i < starts[bag + 1]; ++i) {
         if ((i & (ahead - 1)) == 0) fetch(i + ahead);
         const auto* __restrict from = vectors[i].at;
@@ -95,6 +111,7 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
       }
       if (written < dim) std::fill_n(to + written, dim - written, Real(0));
     }
+    if (streams) end_stream();
   });
 }
 

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace fiited {
 
 // visit(i) for i in [0, n): eight at a time, then the rest. What a visit writes, no other one reads. Indices have 64 bits:
@@ -34,6 +38,23 @@ inline void add(int n, const Real* __restrict from, Real* __restrict to) {
 template <class Real>
 inline void add_scaled(int n, Real factor, const Real* __restrict from, Real* __restrict to) {
   for_each_dim(n, [&](int64_t i) { to[i] += factor * from[i]; });
+}
+
+// Writes value(i) for i in [0, n), a multiple of four, past the caches, where that can be done; `to` begins at a multiple of 16 bytes.
+template <class Value>
+inline void stream(int64_t n, float* to, Value&& value) {
+#if defined(__SSE2__)
+  for (int64_t i = 0; i < n; i += 4) _mm_stream_ps(to + i, _mm_setr_ps(value(i), value(i + 1), value(i + 2), value(i + 3)));
+#else
+  for_each_dim(n, [&](int64_t i) { to[i] = value(i); });
+#endif
+}
+
+// Behind it, and before others read what was written.
+inline void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 inline float sum_of_squares(int n, const float* x) {

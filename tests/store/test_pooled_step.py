@@ -135,6 +135,33 @@ def test_rows_are_loaded_by_many_threads_as_by_one(placed: bool, four_threads: N
             VhpiShard(saved.spec).put(doubled)
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize("most", [1, 2])
+def test_results_that_no_cache_holds_are_those_of_smaller_batches(storage: str, most: int) -> None:
+    """They are written past the caches: bags of one lookup and of none, of rows and of ids without one."""
+    shard = VhpiShard(make_spec(chunk=32, chunks=4, levels=(1.0, 2.0, 4.0, 8.0), storage=storage))
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**63), 2**63 - 1, (3000,), generator=generator)
+    tables, counts = torch.zeros(3000, dtype=torch.int32), torch.ones(3000, dtype=torch.int32)
+    shard.lookup(keys[:2000], tables[:2000], counts[:2000], training=True, step=1)
+    found = shard.lookup(keys, tables, counts, training=False)
+    rows = 40_000
+    lengths = torch.randint(0, most + 1, (2 * rows,), generator=generator)
+    inverse = torch.randint(0, 3000, (int(lengths.sum()),), generator=generator).int()
+
+    def pooled(first: int, end: int) -> Tensor:
+        kept = torch.zeros(2, rows, dtype=torch.bool)
+        kept[:, first:end] = True
+        mine = lengths[kept.flatten()]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mine.cumsum(0)])
+        lookups = inverse[torch.repeat_interleave(kept.flatten(), lengths)]
+        return shard.pool(found, ops.Bags(lookups, offsets, None, 2, False, 32, 4))
+
+    whole = pooled(0, rows)
+    assert whole.nbytes >= 32 << 20
+    assert torch.equal(whole, torch.cat([pooled(first, first + 4000) for first in range(0, rows, 4000)]))
+
+
 def test_rows_are_read_in_the_order_asked_for() -> None:
     shard = trained(make_spec(), pooled=True)
     found, _ = looked_up(shard, 9, False, False, 9)
