@@ -33,15 +33,13 @@ FIITED_HD DistinctMark distinct_mark(uint64_t key, uint32_t table, uint32_t firs
 }
 
 inline int64_t distinct_estimate(const uint8_t* registers, int64_t count) {
+  int of_rank[256] = {};
+  for (int64_t at = 0; at < count; ++at) ++of_rank[registers[at]];
   double sum = 0;
-  int zeros = 0;
-  for (int64_t at = 0; at < count; ++at) {
-    sum += std::ldexp(1.0, -registers[at]);
-    zeros += registers[at] == 0;
-  }
+  for (int rank = 0; rank < 256; ++rank) sum += std::ldexp(of_rank[rank], -rank);
   const auto m = static_cast<double>(count);
   const double raw = 0.7213 / (1 + 1.079 / m) * m * m / sum;
-  return std::llround(raw <= 2.5 * m && zeros ? m * std::log(m / zeros) : raw);
+  return std::llround(raw <= 2.5 * m && of_rank[0] ? m * std::log(m / of_rank[0]) : raw);
 }
 
 }  // namespace fiited
