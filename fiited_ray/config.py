@@ -214,7 +214,7 @@ class PolicyConfig:
     importance: Literal["frequency_x_norm", "norm", "lookup_norm_sum", "frequency"] = "frequency_x_norm"
     admission: float = 1.4  # an id without a row must beat the threshold by this factor to get one
     decay: float = 0.9999  # of the importance, per step
-    interval: int = 100  # steps between rounds, once the early ones are over; a twentieth of it while rows find no room
+    interval: int = 100  # steps between rounds, once the early ones are over
     first_round: int = 10  # the first round's step; the gap then doubles until it reaches `interval`
     min_change: float = 0.01  # a round that would move a smaller share of the budget is skipped
     headroom: float = 0.02  # most of the budget a round leaves free for the rows that ask to be let in before the next one

@@ -15,7 +15,7 @@ import jsonschema
 import jsonschema.validators
 
 FORMAT = "fiited-ray-checkpoint"
-VERSION = 3
+VERSION = 2
 MANIFEST = "manifest.json"
 _LONGEST_TEXT = 16 << 20  # bytes of a manifest or part
 
@@ -57,6 +57,7 @@ MANIFEST_SCHEMA = _object(
                 "samples": _COUNT,
                 "seconds": {"type": "number", "minimum": 0},
                 "threshold": {"type": "number", "minimum": 0},
+                "gap": _COUNT,
                 "last_round": _COUNT,
                 "rounds": _COUNT,
                 "totals": {"anyOf": [{"type": "null"}, _array(_COUNT, 3, 3)]},

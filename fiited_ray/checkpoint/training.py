@@ -56,6 +56,7 @@ def capture(worker: Worker) -> Captured:
         "samples": worker.samples,
         "seconds": worker.training_seconds,
         "threshold": worker.threshold,
+        "gap": worker.schedule.gap,
         "last_round": worker.schedule.last_step,
         "rounds": worker.schedule.rounds,
         "totals": None if totals is None else list(dataclasses.astuple(totals)),
@@ -138,7 +139,7 @@ def _restore_training(saved: Saved, worker: Worker) -> None:
     worker.position = dataclasses.replace(worker.position, epoch=state["epoch"], batch=state["batch"])
     worker.samples, worker.training_seconds = state["samples"], state["seconds"]
     worker.threshold = state["threshold"]
-    worker.schedule.last_step, worker.schedule.rounds = state["last_round"], state["rounds"]
+    worker.schedule.gap, worker.schedule.last_step, worker.schedule.rounds = state["gap"], state["last_round"], state["rounds"]
     worker.embedding.step = saved.step
     worker.embedding.totals = None if state["totals"] is None else StepTotals(*state["totals"])
     worker.last_lookups = (state["last_lookups"][0], state["last_lookups"][1])

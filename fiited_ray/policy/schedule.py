@@ -1,4 +1,8 @@
-"""When rounds are held: close together at first, `interval` apart later, and at once when rows find no room."""
+"""When rounds are held: close together at first, `interval` apart later, and at once when rows find no room.
+
+Where rows never stop finding none, rounds stay as close as at first. Leaving five steps between them later on saved 3 to 5 % of a run's
+time, and did not follow drift (`benchmarks/drift.py`): AUC of the last half 0.7619 for 0.7788, and 0.6103 for 0.7837 with a fast decay.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,15 @@ class RoundSchedule:
     """Every worker keeps one and asks it the same questions, so that all hold the same rounds."""
 
     def __init__(self, policy: PolicyConfig) -> None:
+        self.gap = policy.first_round
         self.last_step = 0
         self.rounds = 0
-        self._policy = policy
+        self._interval = policy.interval
 
     def due(self, step: int, crowded: bool) -> bool:
         """Whether a round is to be held after this step. `crowded`: rows were turned away for want of room."""
-        return step - self.last_step >= (self.shortest_gap if crowded else self.gap)
-
-    @property
-    def gap(self) -> int:
-        """Steps from the last round to the next one where nothing presses: it doubles with each round until it reaches the interval."""
-        return min(self._policy.interval, self.last_step + self._policy.first_round)
+        passed = step - self.last_step
+        return passed >= self.gap or (crowded and passed >= self.shortest_gap)
 
     @property
     def shortest_gap(self) -> int:
@@ -30,6 +31,8 @@ class RoundSchedule:
         return max(1, self.gap // _PRESSED)
 
     def held(self, step: int) -> None:
-        """Note a round after `step`."""
+        """Note a round after `step`. Once one comes in its own time, the next gap doubles until it reaches the interval."""
+        if step - self.last_step >= self.gap:
+            self.gap = min(self._interval, 2 * self.gap)
         self.last_step = step
         self.rounds += 1

@@ -89,7 +89,7 @@ def state_of(worker: Worker) -> dict[str, Any]:
     found |= {"addresses": addresses, "cells": cells, "registers": registers, "generator": torch.get_rng_state()}
     found |= {"window": worker.window.state(), "progressive": worker.progressive.state()}
     found |= {"shard": worker.shard.state(), "stats": worker.shard.stats().planned, "threshold": (worker.threshold, worker.shard.threshold)}
-    found |= {"schedule": (worker.schedule.last_step, worker.schedule.rounds), "position": worker.position}
+    found |= {"schedule": (worker.schedule.gap, worker.schedule.last_step, worker.schedule.rounds), "position": worker.position}
     found |= {"totals": worker.embedding.totals, "step": worker.step, "samples": worker.samples}
     found["losses"] = worker.losses[worker.history.reported :]
     return found
