@@ -50,8 +50,8 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
   const auto* weights = static_cast<const Real*>(bags.weights);
   const bool scaled = weights != nullptr || bags.mean;
   const int dim = bags.dim();
-  const bool streams = std::is_same_v<Real, float> && !scaled && dim % 4 == 0 && bags.chunk % 4 == 0 &&
-                       reinterpret_cast<uintptr_t>(out) % 16 == 0 && bags.batch * bags.features * dim * sizeof(Real) >= kLargeResult;
+  const bool streams = std::is_same_v<Real, float> && !scaled && bags.chunk % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
+                       bags.batch * bags.features * dim * sizeof(Real) >= kLargeResult;
   for_each_range(bags.batch, kTileRows, [&](int64_t first, int64_t end) {
     const auto for_each_bag = [&](auto&& visit) {
       for (int64_t f = 0; f < bags.features; ++f) {

@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <bit>
 #include <cmath>
-#include <numeric>
 
 #include "cpu/bags.h"
 #include "cpu/optimizers.h"
