@@ -14,8 +14,8 @@
 
 namespace fiited {
 
-constexpr int64_t kTileRows = 64;                    // batch rows that are pooled together
-constexpr int64_t kLargeResult = int64_t{32} << 20;  // bytes: more than caches hold until it is read again
+constexpr int64_t kTileRows = 64;                   // batch rows that are pooled together
+constexpr int64_t kLargeResult = int64_t{4} << 20;  // bytes: more than a core keeps for itself until it is read again
 
 // Items begin..end-1 summed as kSummedTogether says: add(item, to) adds one; `to` has room for `size` numbers at each of its levels.
 template <class Real, class Add>
