@@ -184,15 +184,20 @@ std::vector<int64_t> starts_of(const uint8_t* widths, int64_t rows, int64_t chun
   return starts;
 }
 
-fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights, ScalarType real, int64_t features,
-                     bool mean, int64_t chunk, int64_t chunks, int64_t rows) {
-  const fiited::Bags bags = bags_on(kPlace, inverse, offsets, weights, real, features, mean, chunk, chunks);
-  const int64_t n = inverse.numel();
-  const int64_t last = features * bags.batch;
+// Bags of n lookups whose offsets have been looked at.
+fiited::Bags checked(const fiited::Bags& bags, int64_t n) {
+  const int64_t last = bags.features * bags.batch;
   REQUIRE(bags.offsets[0] == 0 && bags.offsets[last] == n, "offsets must begin at 0 and end at the number of lookups");
   const int64_t fall = first_fall(last, bags.offsets);
   REQUIRE(fall == last, "offsets fall at feature " + std::to_string(fall / std::max<int64_t>(bags.batch, 1)) + ", position " +
                             std::to_string(fall % std::max<int64_t>(bags.batch, 1)));
+  return bags;
+}
+
+fiited::Bags bags_of(const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights, ScalarType real, int64_t features,
+                     bool mean, int64_t chunk, int64_t chunks, int64_t rows) {
+  const int64_t n = inverse.numel();
+  const fiited::Bags bags = checked(bags_on(kPlace, inverse, offsets, weights, real, features, mean, chunk, chunks), n);
   const int64_t lost = first_wrong(n, [&](int64_t i) { return outside(bags.inverse[i], 0, rows); });
   REQUIRE(lost == n, "lookup " + std::to_string(lost) + " names a row that is not there");
   return bags;
@@ -277,6 +282,23 @@ Tensor store_pool(int64_t handle, Tensor addresses, Tensor widths, Tensor invers
   const fiited::Bags bags = bags_of(inverse, offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks, rows);
   Tensor out = make_floats({bags.batch, features, bags.dim()});
   shard->pool(bags, addresses_data, static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor store_pool_ids(int64_t handle, Tensor ids, Tensor offsets, Tensor feature_tables, std::optional<Tensor> weights, bool mean) {
+  const auto shard = shard_at(handle);
+  const ShardConfig& config = shard->config();
+  REQUIRE(config.buckets() == fiited::kBuckets, "rows of any id can be read from a shard with all buckets alone");
+  const int64_t features = feature_tables.numel();
+  const auto* tables_data = read<int32_t>(feature_tables, ScalarType::Int, "feature_tables", features);
+  for (int64_t f = 0; f < features; ++f) {
+    REQUIRE(tables_data[f] >= 0 && tables_data[f] < config.tables,
+            "table " + std::to_string(tables_data[f]) + " of feature " + std::to_string(f) + " does not exist");
+  }
+  const fiited::Bags bags =
+      checked(bags_on(kPlace, ids.numel(), offsets, weights, ScalarType::Float, features, mean, config.chunk, config.chunks), ids.numel());
+  Tensor out = make_floats({bags.batch, features, bags.dim()});
+  shard->pool_ids(bags, read<int64_t>(ids, ScalarType::Long, "ids", -1), tables_data, static_cast<float*>(out.mutable_data_ptr()));
   return out;
 }
 
@@ -422,6 +444,7 @@ void all_to_all(std::vector<int64_t> sockets, int64_t rank, Tensor out, Tensor r
 STABLE_TORCH_LIBRARY(fiited, m) {
   define(m);
   define_saving(m);
+  m.def("store_pool_ids(int handle, Tensor ids, Tensor offsets, Tensor feature_tables, Tensor? weights, bool mean) -> Tensor");
   m.def("hash_strings(Tensor offsets, Tensor bytes, int seed) -> Tensor");
   m.def("cross_ids(Tensor left, Tensor right, int seed) -> Tensor");
   m.def("relu_backward(Tensor grad_out, Tensor out, bool transposed) -> (Tensor, Tensor, Tensor)");
@@ -441,6 +464,7 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("store_lookup", TORCH_BOX(&store_lookup));
   m.impl("store_read", TORCH_BOX(&store_read));
   m.impl("store_pool", TORCH_BOX(&store_pool));
+  m.impl("store_pool_ids", TORCH_BOX(&store_pool_ids));
   m.impl("store_update", TORCH_BOX(&store_update));
   m.impl("store_update_pooled", TORCH_BOX(&store_update_pooled));
   m.impl("dedup_ids", TORCH_BOX(&dedup_ids));

@@ -64,21 +64,28 @@ inline const uint32_t* addresses_on(torch::headeronly::DeviceType place, const T
   return reinterpret_cast<const uint32_t*>(read_on<int32_t>(place, addresses, ScalarType::Int, "addresses", n));
 }
 
-// Bags as they are given: what their offsets and their rows say is not looked at.
-inline Bags bags_on(torch::headeronly::DeviceType place, const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights,
+// Bags of n lookups as they are given: what their offsets say is not looked at.
+inline Bags bags_on(torch::headeronly::DeviceType place, int64_t n, const Tensor& offsets, const std::optional<Tensor>& weights,
                     ScalarType real, int64_t features, bool mean, int64_t chunk, int64_t chunks) {
   REQUIRE(features > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
-  const int64_t n = inverse.numel();
   const void* weights_data = real == ScalarType::Double ? static_cast<const void*>(read_on<double>(place, weights, real, "weights", n))
                                                         : read_on<float>(place, weights, real, "weights", n);
   return {features,
           (offsets.numel() - 1) / features,
           read_on<int64_t>(place, offsets, ScalarType::Long, "offsets", -1),
-          read_on<int32_t>(place, inverse, ScalarType::Int, "inverse", n),
+          nullptr,
           weights_data,
           mean,
           static_cast<int>(chunk),
           static_cast<int>(chunks)};
+}
+
+// The same, with the row of each lookup, which is not looked at either.
+inline Bags bags_on(torch::headeronly::DeviceType place, const Tensor& inverse, const Tensor& offsets, const std::optional<Tensor>& weights,
+                    ScalarType real, int64_t features, bool mean, int64_t chunk, int64_t chunks) {
+  Bags bags = bags_on(place, inverse.numel(), offsets, weights, real, features, mean, chunk, chunks);
+  bags.inverse = read_on<int32_t>(place, inverse, ScalarType::Int, "inverse", inverse.numel());
+  return bags;
 }
 
 // An update as it is given; `numbers` is how many its gradients are.

@@ -160,7 +160,9 @@ class ShardedEmbedding(nn.Module):
         features = len(self._tables)
         rows = (batch.offsets.numel() - 1) // features
         ends = batch.offsets[rows::rows] if rows else batch.offsets.new_zeros(features)
-        local = ops.dedup_ids(batch.ids, ends.contiguous(), self._tables.to(batch.ids.device), self.shard.spec.seed, exchange.workers)
+        local = ops.dedup_ids(
+            self.ids_of(batch), ends.contiguous(), self._tables.to(batch.ids.device), self.shard.spec.seed, exchange.workers
+        )
         if exchange.workers == 1:
             all_of_them = [len(local.keys)]
             return Route(rows, len(batch.ids), local.inverse, all_of_them, all_of_them, local.keys, local.tables, local.counts, None)
@@ -176,12 +178,19 @@ class ShardedEmbedding(nn.Module):
             raise ValueError(f"a global batch has {all_lookups:,} ids; fewer than 2**31 are possible: lower train.batch_size")
         return Route(all_rows, all_lookups, local.inverse, send, receive, *merged)
 
+    def ids_of(self, batch: Batch) -> Tensor:
+        """int64 [N]: the ids under which the rows of a batch stand."""
+        return batch.ids
+
     def forward(self, batch: Batch, route: Route | None = None) -> Tensor:
         """Vectors float32 [B, F, D]; ids without a row read as zeros. All workers must call this together.
 
         Args:
             route: the batch's, where it has been made ahead.
         """
+        if route is None and not self.training and self.exchange.workers == 1 and self.shard.pools_ids:
+            with self.times.phase("gather"):
+                return self.shard.pool_ids(self.ids_of(batch), batch.offsets, self._tables, batch.weights, self.mean)
         if route is None:
             with self.times.phase("route"):
                 route = self.route(batch)

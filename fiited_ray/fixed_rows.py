@@ -64,9 +64,9 @@ class HashedEmbedding(_FixedRows):
         rows = config.embedding.rows or {}
         self._rows = [rows.get(config.data.tables[table]) for table in config.data.feature_tables]
 
-    def route(self, batch: Batch, exchange: Exchange | None = None) -> Route:
+    def ids_of(self, batch: Batch) -> Tensor:
         parts = [ids if rows is None else ids % rows for ids, rows in zip(_by_feature(batch, len(self._rows)), self._rows, strict=True)]
-        return super().route(dataclasses.replace(batch, ids=torch.cat(parts)), exchange)
+        return torch.cat(parts)
 
 
 class ProductEmbedding(_FixedRows):

@@ -192,6 +192,18 @@ def test_a_batch_without_rows_is_taken(method: str) -> None:
     assert vectors_of(worker, [], []).shape == (0, 2, DIM)
 
 
+@pytest.mark.parametrize("method", ["fiited", "hash", "qr", "uniform"])
+def test_evaluation_reads_the_rows_that_training_would(method: str) -> None:
+    """On one worker it makes no list of the distinct ids first."""
+    worker = opened(changed(method, rows={"user": 3, "seen": 4}, remainders={"user": 2, "seen": 2}, kept_dim=5))
+    vectors_of(worker, [1, 2, 3, 2, 9], [[5, 6], [], [5], [7, 7, 5], [8]])
+    batch = batch_of([1, 2, 10_000, 2, 9], [[5, 6], [], [5], [7, 7, 10_001], [8]])  # ids that nobody has met, too
+    worker.embedding.eval()
+    read = worker.embedding(batch)
+    assert read.any(2).any(1).tolist()[:2] == [True, True]
+    assert torch.equal(read, worker.embedding(batch, worker.embedding.route(batch)))
+
+
 @pytest.mark.parametrize("method", ["hash", "qr", "uniform"])
 def test_rows_that_were_not_found_yet_are_missed_and_not_guessed(method: str) -> None:
     with pytest.raises(ConfigError, match=f"method {method}: its rows are not known yet"):

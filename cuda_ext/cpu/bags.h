@@ -41,12 +41,13 @@ struct StoredVector {
   int live;
 };
 
-// Pools the rows that `vector_of(u)` finds, missing dimensions as zero: out [batch, features, dim].
+// Pools vectors, missing dimensions as zero: out [batch, features, dim].
 //
 // A batch holds lookups feature by feature, the result has the features of a batch row side by side. Lookups are put into that order
 // a tile of batch rows at a time: reading them across features one by one would jump by the batch size, which caches handle badly.
-template <class Real, class Store, class VectorOf>
-void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
+// `of_tile(first, end)` gives what says the vector of each lookup i in the bags of these batch rows; it is asked feature by feature.
+template <class Real, class Store, class OfTile>
+void pool_rows(const Bags& bags, OfTile&& of_tile, Real* out) {
   const auto* weights = static_cast<const Real*>(bags.weights);
   const bool scaled = weights != nullptr || bags.mean;
   const int dim = bags.dim();
@@ -64,10 +65,11 @@ void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
     const int32_t lookups = starts.back();
     const std::unique_ptr<StoredVector<Store>[]> vectors(new StoredVector<Store>[lookups]);
     const std::unique_ptr<Real[]> factors(scaled ? new Real[lookups] : nullptr);
+    auto vector_of = of_tile(first, end);
     for_each_bag([&](int64_t at, const int64_t* bag) {
       int32_t to = starts[at];
       for (int64_t i = bag[0]; i < bag[1]; ++i, ++to) {
-        vectors[to] = vector_of(bags.inverse[i]);
+        vectors[to] = vector_of(i);
         if (scaled) factors[to] = (weights ? weights[i] : Real(1)) / (bags.mean ? static_cast<Real>(bag[1] - bag[0]) : Real(1));
       }
     });

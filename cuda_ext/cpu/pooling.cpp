@@ -21,8 +21,11 @@ struct Plain {
 
 template <class Real>
 void pool(const Bags& bags, const Real* values, const int64_t* starts, const uint8_t* widths, Real* out) {
-  pool_rows<Real, Plain<Real>>(
-      bags, [&](int32_t row) { return StoredVector<Plain<Real>>{values + starts[row], widths[row] * bags.chunk}; }, out);
+  const auto vector_of = [=, inverse = bags.inverse, chunk = bags.chunk](int64_t i) {
+    const int32_t row = inverse[i];
+    return StoredVector<Plain<Real>>{values + starts[row], widths[row] * chunk};
+  };
+  pool_rows<Real, Plain<Real>>(bags, [&](int64_t, int64_t) { return vector_of; }, out);
 }
 
 template <class Real>

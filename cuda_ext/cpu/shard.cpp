@@ -29,32 +29,14 @@ class ShardOf final : public ShardRows {
     for_each_range(n, kKeysPerTask, [&](int64_t first, int64_t end) {
       int64_t asked = 0;
       int64_t found = 0;
-      uint32_t candidates[2][kInFlight];
-      // In three stages, a block of keys in each: index lines fetched; candidates found, their headers fetched; keys compared.
-      for (int64_t at = first; at < end + 2 * kInFlight; at += kInFlight) {
-        for (int64_t i = at; i < std::min(end, at + kInFlight); ++i) index_.prefetch(keys[i]);
-        const int64_t middle = at - kInFlight;
-        if (middle >= first) {
-          uint32_t* const mine = candidates[middle / kInFlight % 2];
-          const int64_t size = std::min(end, middle + kInFlight) - middle;
-          for (int64_t i = 0; i < size; ++i) mine[i] = index_.candidate(keys[middle + i]);
-          for (int64_t i = 0; i < size; ++i) pools_.prefetch_header(mine[i]);
-        }
-        const int64_t last = middle - kInFlight;
-        for (int64_t i = std::max(first, last); i < std::min(end, last + kInFlight); ++i) {
-          const auto key = static_cast<uint64_t>(keys[i]);
-          const auto table = static_cast<uint16_t>(tables[i]);
-          uint32_t address = candidates[last / kInFlight % 2][i - last];
-          if (address != kAbsent && !is_row(address, key, table)) address = find(key, table);
-          addresses[i] = address;
-          widths[i] = address == kAbsent ? 0 : static_cast<uint8_t>(pools_.width(address));
-          if (training) {
-            distinct_.add(key, table);
-            asked += counts[i];
-            if (address != kAbsent) found += counts[i];
-          }
-        }
-      }
+      for_each_address(first, end, keys, tables, [&](int64_t i, uint32_t address) {
+        addresses[i] = address;
+        widths[i] = address == kAbsent ? 0 : static_cast<uint8_t>(pools_.width(address));
+        if (!training) return;
+        distinct_.add(static_cast<uint64_t>(keys[i]), static_cast<uint16_t>(tables[i]));
+        asked += counts[i];
+        if (address != kAbsent) found += counts[i];
+      });
       lookups += asked;
       hits += found;
     });
@@ -86,12 +68,17 @@ class ShardOf final : public ShardRows {
   }
 
   void pool(const Bags& bags, const uint32_t* addresses, float* out) const override {
+    const auto vector_of = [this, addresses, inverse = bags.inverse](int64_t i) { return stored_at(addresses[inverse[i]]); };
+    pool_rows<float, Store>(bags, [&](int64_t, int64_t) { return vector_of; }, out);
+  }
+
+  void pool_ids(const Bags& bags, const int64_t* ids, const int32_t* feature_tables, float* out) const override {
     pool_rows<float, Store>(
         bags,
-        [&](int32_t row) {
-          const uint32_t address = addresses[row];
-          if (address == kAbsent) return StoredVector<Store>{nullptr, 0};
-          return StoredVector<Store>{vector_of(pools_.row(address)), pools_.width(address) * layout_.chunk};
+        [&](int64_t first, int64_t end) {
+          return [this, addresses = addresses_of_tile(bags, ids, feature_tables, first, end), next = 0](int64_t) mutable {
+            return stored_at(addresses[next++]);
+          };
         },
         out);
   }
@@ -192,11 +179,66 @@ class ShardOf final : public ShardRows {
     return tallied;
   }
 
-  static const typename Store::Bits* vector_of(const std::byte* row) {
+  // Finds the rows of the keys [first, end) and calls visit(i, address) for each, in order. In three stages, a block of keys in each: index
+  // lines fetched; candidates found, their headers (and `vectors`) fetched; keys compared.
+  template <bool vectors = false, class Key, class Table, class Visit>
+  void for_each_address(int64_t first, int64_t end, const Key* keys, const Table* tables, Visit&& visit) const {
+    uint32_t candidates[2][kInFlight];
+    for (int64_t at = first; at < end + 2 * kInFlight; at += kInFlight) {
+      for (int64_t i = at; i < std::min(end, at + kInFlight); ++i) index_.prefetch(keys[i]);
+      const int64_t middle = at - kInFlight;
+      if (middle >= first) {
+        uint32_t* const mine = candidates[middle / kInFlight % 2];
+        const int64_t size = std::min(end, middle + kInFlight) - middle;
+        for (int64_t i = 0; i < size; ++i) mine[i] = index_.candidate(keys[middle + i]);
+        for (int64_t i = 0; i < size; ++i) {
+          if constexpr (vectors) {
+            if (mine[i] != kAbsent) prefetch(pools_.row(mine[i]), sizeof(RowHeader) + layout_.vector_bytes(pools_.width(mine[i])));
+          } else {
+            pools_.prefetch_header(mine[i]);
+          }
+        }
+      }
+      const int64_t last = middle - kInFlight;
+      for (int64_t i = std::max(first, last); i < std::min(end, last + kInFlight); ++i) {
+        const auto key = static_cast<uint64_t>(keys[i]);
+        const auto table = static_cast<uint16_t>(tables[i]);
+        uint32_t address = candidates[last / kInFlight % 2][i - last];
+        if (address != kAbsent && !is_row(address, key, table)) address = find(key, table);
+        visit(i, address);
+      }
+    }
+  }
+
+  // Of the lookups in the bags of batch rows [first, end), feature by feature.
+  std::vector<uint32_t> addresses_of_tile(const Bags& bags, const int64_t* ids, const int32_t* feature_tables, int64_t first,
+                                          int64_t end) const {
+    std::vector<uint64_t> keys;
+    std::vector<uint16_t> tables;
+    for (int64_t f = 0; f < bags.features; ++f) {
+      const int64_t begin = bags.offsets[f * bags.batch + first];
+      const int64_t size = bags.offsets[f * bags.batch + end] - begin;
+      const size_t before = keys.size();
+      keys.resize(before + size);
+      tables.resize(before + size, static_cast<uint16_t>(feature_tables[f]));
+      const TableSalt salt = salts_[feature_tables[f]];
+      for (int64_t i = 0; i < size; ++i) keys[before + i] = key_of(static_cast<uint64_t>(ids[begin + i]), salt);
+    }
+    std::vector<uint32_t> addresses(keys.size());
+    for_each_address<true>(0, static_cast<int64_t>(keys.size()), keys.data(), tables.data(),
+                           [&](int64_t i, uint32_t address) { addresses[i] = address; });
+    return addresses;
+  }
+
+  StoredVector<Store> stored_at(uint32_t address) const {
+    if (address == kAbsent) return {nullptr, 0};
+    return {vector_in(pools_.row(address)), pools_.width(address) * layout_.chunk};
+  }
+  static const typename Store::Bits* vector_in(const std::byte* row) {
     return reinterpret_cast<const typename Store::Bits*>(row + sizeof(RowHeader));
   }
   static void read_vector(const std::byte* row, int live, float* out) {
-    const auto* vector = vector_of(row);
+    const auto* vector = vector_in(row);
     for_each_dim(live, [&](int64_t i) { out[i] = Store::to_float(vector[i]); });
   }
 

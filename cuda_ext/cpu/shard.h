@@ -19,6 +19,10 @@ class CpuShard : public Shard {
   // The vectors of a lookup's rows, pooled: out [batch, features, chunks * chunk].
   virtual void pool(const Bags& bags, const uint32_t* addresses, float* out) const = 0;
 
+  // The vectors of ids' rows, pooled, for reading alone: without a list of the distinct ones. Feature f's ids are of table
+  // feature_tables[f]; `bags.inverse` is not looked at.
+  virtual void pool_ids(const Bags& bags, const int64_t* ids, const int32_t* feature_tables, float* out) const = 0;
+
   // The gradient of what `pool` gave: [batch, features, chunks * chunk].
   virtual void update_pooled(const Update& rows, const Bags& bags, const float* grad_out) = 0;
 

@@ -101,6 +101,7 @@ class VhpiShard:
         self.device = torch.device(device)
         self.threshold = 0.0
         self._ops = ops.ops(self.device.type)
+        self.pools_ids = hasattr(self._ops, "store_pool_ids")  # on CPUs
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self._handle: int = self._ops.store_create(*spec.numbers())
         weakref.finalize(self, self._ops.store_destroy, self._handle)
@@ -135,6 +136,16 @@ class VhpiShard:
         return self._ops.store_pool(
             self._handle, found.addresses, found.widths, bags.inverse, bags.offsets, bags.weights, bags.features, bags.mean
         )
+
+    def pool_ids(self, ids: Tensor, offsets: Tensor, feature_tables: Tensor, weights: Tensor | None, mean: bool) -> Tensor:
+        """float32 [B, F, D]: the rows of ids, pooled, for reading alone. The same as dedup, `lookup` and `pool`, in one go.
+
+        Only where `pools_ids` says so, and of a shard that owns all keys.
+
+        Args:
+            ids: int64 [N], feature by feature; offsets: int64 [F*B+1] of their bags; feature_tables: int32 [F]; weights: float32 [N].
+        """
+        return self._ops.store_pool_ids(self._handle, ids, offsets, feature_tables, weights, mean)
 
     def update_pooled(
         self, found: Lookup, grad_pooled: Tensor, bags: Bags, lookup_norms: Tensor | None, lr: float, step: int, quota: int = ALL_KEYS

@@ -14,6 +14,7 @@ from fiited_ray.store import Rows, ShardSpec, VhpiShard, ops
 from fiited_ray.store.shard import Lookup
 
 FEATURES, BATCH = 2, 3000  # enough lookups for several tasks of each kernel
+TABLES = torch.tensor([0, 1], dtype=torch.int32)
 
 
 @pytest.fixture
@@ -33,10 +34,14 @@ def batch(seed: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     return ids, offsets, torch.rand(len(ids), generator=generator) if weighted else None
 
 
+def need_pools_ids(shard: VhpiShard) -> None:
+    if not shard.pools_ids:
+        pytest.skip("this device reads by dedup, lookup and pool")
+
+
 def looked_up(shard: VhpiShard, seed: int, weighted: bool, mean: bool, step: int) -> tuple[Lookup, ops.Bags]:
     ids, offsets, weights = batch(seed, weighted)
-    ends, tables = offsets[BATCH::BATCH].contiguous(), torch.tensor([0, 1], dtype=torch.int32)
-    local = ops.dedup_ids(ids, ends, tables, shard.spec.seed, 1)
+    local = ops.dedup_ids(ids, offsets[BATCH::BATCH].contiguous(), torch.tensor([0, 1], dtype=torch.int32), shard.spec.seed, 1)
     found = shard.lookup(local.keys, local.tables, local.counts, training=True, step=step)
     return found, ops.Bags(local.inverse, offsets, weights, FEATURES, mean, shard.spec.chunk, shard.spec.chunks)
 
@@ -71,6 +76,60 @@ def test_pooling_inside_equals_reading_and_pooling_outside(storage: str, weighte
     found, bags = looked_up(shard, 9, weighted, mean, 9)
     assert {0, shard.spec.chunks} < set(found.widths.tolist())
     assert torch.equal(shard.pool(found, bags), ops.pool(shard.read(found), found.widths, bags))
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("weighted", "mean"), [(False, False), (True, False), (False, True), (True, True)])
+def test_reading_ids_in_one_go_equals_dedup_lookup_and_pooling(storage: str, weighted: bool, mean: bool, four_threads: None) -> None:
+    shard = trained(make_spec(storage=storage), pooled=True)
+    need_pools_ids(shard)
+    ids, offsets, weights = batch(9, weighted)
+    ids[::50] += 1 << 40  # ids without a row, among those of rows of every width
+    local = ops.dedup_ids(ids, offsets[BATCH::BATCH].contiguous(), TABLES, shard.spec.seed, 1)
+    found = shard.lookup(local.keys, local.tables, local.counts, training=False)
+    assert len(set(found.widths.tolist())) == 1 + shard.spec.chunks
+    bags = ops.Bags(local.inverse, offsets, weights, FEATURES, mean, shard.spec.chunk, shard.spec.chunks)
+    shard.stats()  # what it says of a peak is of the time since the last one
+    before = shard.stats()
+    assert torch.equal(shard.pool_ids(ids, offsets, TABLES, weights, mean), shard.pool(found, bags))
+    assert shard.stats() == before
+
+
+def test_ids_are_read_from_the_table_of_their_feature() -> None:
+    """Features that share a table read the same rows; the same ids in another table are others."""
+    shard = trained(make_spec(), pooled=True)
+    need_pools_ids(shard)
+    ids = torch.arange(100).repeat(3)
+    tables = torch.tensor([1, 0, 1], dtype=torch.int32)
+    first, other, again = shard.pool_ids(ids, torch.arange(301), tables, None, False).unbind(1)
+    assert torch.equal(first, again)
+    both = (first != 0).any(1) & (other != 0).any(1)
+    assert both.any()
+    assert (first != other)[both].any(1).all()
+
+
+def test_an_empty_batch_of_ids_is_read() -> None:
+    shard = trained(make_spec(), pooled=True)
+    need_pools_ids(shard)
+    none = torch.empty(0, dtype=torch.int64)
+    assert shard.pool_ids(none, torch.zeros(1, dtype=torch.int64), TABLES, None, False).shape == (0, 2, 12)
+    assert not shard.pool_ids(none, torch.zeros(2 * 5 + 1, dtype=torch.int64), TABLES, None, True).any()
+
+
+def test_ids_that_cannot_be_read_are_named() -> None:
+    shard = VhpiShard(make_spec())
+    need_pools_ids(shard)
+    ids, offsets = torch.arange(4), torch.arange(5)
+    with pytest.raises(RuntimeError, match="table 2 of feature 1 does not exist"):
+        shard.pool_ids(ids, offsets, torch.tensor([0, 2], dtype=torch.int32), None, False)
+    with pytest.raises(RuntimeError, match="offsets fall at feature 1, position 0"):
+        shard.pool_ids(ids, torch.tensor([0, 1, 3, 2, 4]), TABLES, None, False)
+    with pytest.raises(RuntimeError, match="end at the number of lookups"):
+        shard.pool_ids(ids, torch.tensor([0, 1, 2, 3, 3]), TABLES, None, False)
+    with pytest.raises(RuntimeError, match="weights must have 4 elements, not 3"):
+        shard.pool_ids(ids, offsets, TABLES, torch.ones(3), False)
+    with pytest.raises(RuntimeError, match="from a shard with all buckets alone"):
+        VhpiShard(make_spec(first_bucket=1)).pool_ids(ids, offsets, TABLES, None, False)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
