@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,6 +39,24 @@ class Batch:
     @property
     def rows(self) -> int:
         return len(self.labels)
+
+    def split(self, ends: Sequence[int], features: int) -> Iterator[Batch]:
+        """Its rows up to ends[0], from there up to ends[1], and so on, each as a batch; dense and labels are views of this one's."""
+        rows = self.rows
+        bags = self.offsets[:-1].view(features, rows)
+        cuts = torch.tensor([0, *ends])[:, None] + rows * torch.arange(features)
+        edges = self.offsets[cuts]  # [parts+1, F]: where the ids of each part's features begin
+        places = edges.tolist()
+        for part, (begin, end) in enumerate(pairwise([0, *ends])):
+            lengths = edges[part + 1] - edges[part]
+            offsets = torch.empty(features * (end - begin) + 1, dtype=torch.int64)
+            moved = lengths.cumsum(0) - lengths - edges[part]
+            torch.add(bags[:, begin:end], moved[:, None], out=offsets[:-1].view(features, end - begin))
+            offsets[-1] = lengths.sum()
+            spans = [slice(*span) for span in zip(places[part], places[part + 1], strict=True)]
+            ids = torch.cat([self.ids[span] for span in spans])
+            weights = None if self.weights is None else torch.cat([self.weights[span] for span in spans])
+            yield Batch(self.dense[begin:end], self.labels[begin:end], ids, offsets, weights)
 
     def to(self, device: torch.device) -> Batch:
         """The batch in a device's memory."""

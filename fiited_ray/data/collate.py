@@ -55,6 +55,14 @@ class Collator:
                     skipped(DataError(str(error), int(at[error.row])), int(error.rows.sum()))
                 at, table = at[~error.rows], table.filter(pa.array(~error.rows))
 
+    def strictly(self, table: pa.Table) -> Batch:
+        """Make a batch, whatever `data.bad_rows` says of faults.
+
+        Raises:
+            DataError: naming column, row and value.
+        """
+        return self._batch(table, "rows")
+
     def _batch(self, table: pa.Table, where: str) -> Batch:
         config, rows, columns = self.config, table.num_rows, _columns(table, self.columns)
         lists = {name: _lists(columns[name], name, where, self.key) for name in config.multi_hot}

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, count, islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _PREFETCH = 2  # batches made ahead by the reading thread
-_READ_ROWS = 65536
+_MOST_READ = 65536  # rows that Arrow decodes at a time
+_TOGETHER = 32768  # rows that are read and collated at a time: a training step has emptied the caches since the last time
 
 
 def parquet_batches(
@@ -83,10 +84,11 @@ def ray_batches(
     Raises:
         DataError: for bad data, naming column and row in reading order.
     """
-    collate = Collator(config)
     tables = shard.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=_PREFETCH)
-    slices = (_slice(table, rank, workers) for table in islice(_readable(tables), first_step, None))
-    return ahead(_collated(slices, collate, batch_size, lambda row: f"row {row} in reading order", first_step), _PREFETCH, "batches")
+    slices = _sliced(islice(_readable(tables), first_step, None), batch_size, rank, workers)
+    return ahead(
+        _collated(slices, Collator(config), batch_size, lambda row: f"row {row} in reading order", first_step), _PREFETCH, "batches"
+    )
 
 
 def _readable(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -105,11 +107,37 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+@dataclass(frozen=True)
+class _Slices:
+    """A worker's slices of consecutive global batches, one behind the other."""
+
+    table: pa.Table
+    begins: list[int]  # where in its global batch each begins
+    ends: list[int]  # of the table's rows, where each ends
+
+
+def _together(batch_size: int) -> int:
+    """Global batches that are collated at a time."""
+    return max(1, _TOGETHER // batch_size)
+
+
 def _collated(
-    slices: Iterator[tuple[pa.Table, int]], collate: Collator, batch_size: int, locate: Callable[[int], str], first_step: int
+    all_slices: Iterable[_Slices], collate: Collator, batch_size: int, locate: Callable[[int], str], first_step: int
 ) -> Iterator[Batch]:
-    """Batches of slices, each with its first row's position in the global batch; `locate` names a row of the data."""
-    for step, (table, begin) in enumerate(slices, first_step):
+    """A batch of each slice; `locate` names a row of the data."""
+    step = first_step
+    for slices in all_slices:
+        try:
+            together = collate.strictly(slices.table)
+        except DataError:  # the fault is one batch's, and the batches before it are read all the same
+            yield from _collated_each(slices, collate, batch_size, locate, step)
+        else:
+            yield from together.split(slices.ends, len(collate.config.features))
+        step += len(slices.ends)
+
+
+def _collated_each(slices: _Slices, collate: Collator, batch_size: int, locate: Callable[[int], str], first_step: int) -> Iterator[Batch]:
+    for step, begin, start, end in zip(count(first_step), slices.begins, [0, *slices.ends], slices.ends, strict=False):
         first = step * batch_size + begin
 
         def note(fault: DataError, rows: int, first: int = first) -> None:
@@ -117,7 +145,7 @@ def _collated(
             _log.warning("%s (this is %s): %d such row(s) of the batch are left out", fault, locate(first + fault.row), rows)
 
         try:
-            yield collate(table, f"global batch {step}", note)
+            yield collate(slices.table.slice(start, end - start), f"global batch {step}", note)
         except DataError as error:
             if error.row is None:
                 raise
@@ -159,20 +187,36 @@ class _Share:
         return any(max(begin, first) < min(end, last) for first, last in map(self.of, steps))
 
 
-def _slices(files: Files, config: DataConfig, share: _Share) -> Iterator[tuple[pa.Table, int]]:
-    """A worker's share of each global batch, and where in it that begins."""
+def _slices(files: Files, config: DataConfig, share: _Share) -> Iterator[_Slices]:
     columns = config.columns
     pieces = _pieces(files, config, columns, share)
     at, piece = 0, _empty(files, columns)
-    for step in range(share.first_step, share.steps):
-        begin, end = share.of(step)
-        position, parts = begin, []
-        while position < end:
-            while at + piece.num_rows <= position:
-                at, piece = next(pieces)
-            parts.append(piece.slice(position - at, end - position))
-            position += parts[-1].num_rows
-        yield pa.concat_tables(parts) if parts else piece.slice(0, 0), begin - step * share.batch_size
+    for steps in _runs_of_steps(share):
+        begins, ends, rows = [], [], 0
+        wanted: list[list[int]] = []  # rows of the data, each from and to: those of one worker are one range
+        for step in steps:
+            begin, end = share.of(step)
+            begins.append(begin - step * share.batch_size)
+            rows += end - begin
+            ends.append(rows)
+            if wanted and wanted[-1][1] == begin:
+                wanted[-1][1] = end
+            else:
+                wanted.append([begin, end])
+        parts = []
+        for position, end in wanted:
+            while position < end:
+                while at + piece.num_rows <= position:
+                    at, piece = next(pieces)
+                parts.append(piece.slice(position - at, end - position))
+                position += parts[-1].num_rows
+        yield _Slices(pa.concat_tables(parts) if parts else piece.slice(0, 0), begins, ends)
+
+
+def _runs_of_steps(share: _Share) -> Iterator[range]:
+    together = _together(share.batch_size)
+    for first in range(share.first_step, share.steps, together):
+        yield range(first, min(first + together, share.steps))
 
 
 def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share) -> Iterator[tuple[int, pa.Table]]:
@@ -183,7 +227,7 @@ def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share)
             with pq.ParquetFile(path) as file:
                 for groups, begin in _runs(file.metadata, file_begin, share):
                     at = begin
-                    size = min(_READ_ROWS, max(share.batch_size, 1024))
+                    size = min(_MOST_READ, _together(share.batch_size) * share.batch_size)
                     # By this thread alone: Arrow's others would take cores from the model, and need half as much CPU time again.
                     for piece in file.iter_batches(size, row_groups=groups, columns=columns, use_threads=False):
                         table = pa.Table.from_batches([piece]).slice(0, share.total - at)
@@ -231,8 +275,10 @@ def _check_order(table: pa.Table, column: str | None, last: Any, path: str, firs
     return values[-1].as_py()
 
 
-def _slice(table: pa.Table, rank: int, workers: int) -> tuple[pa.Table, int]:
-    """A worker's share of a global batch, and where in it that begins."""
-    rows = table.num_rows
-    begin = rank * rows // workers
-    return table.slice(begin, (rank + 1) * rows // workers - begin), begin
+def _sliced(tables: Iterable[pa.Table], batch_size: int, rank: int, workers: int) -> Iterator[_Slices]:
+    """A worker's slices of tables that are a global batch each."""
+    tables = iter(tables)
+    while together := list(islice(tables, _together(batch_size))):
+        begins = [rank * table.num_rows // workers for table in together]
+        parts = [table.slice(begin, (rank + 1) * table.num_rows // workers - begin) for table, begin in zip(together, begins, strict=True)]
+        yield _Slices(pa.concat_tables(parts), begins, list(accumulate(part.num_rows for part in parts)))

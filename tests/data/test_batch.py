@@ -33,6 +33,32 @@ def test_a_good_batch_passes_with_and_without_weights() -> None:
     assert GOOD.rows == 3
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_batch_is_split_into_those_of_its_rows(weighted: bool) -> None:
+    whole = GOOD if weighted else replace(GOOD, weights=None)
+    whole = replace(whole, dense=torch.arange(6.0).view(3, 2), weights=torch.arange(6.0) if weighted else None)
+    none, first, none_again, others = whole.split([0, 1, 1, 3], 2)
+    for part, rows, ids, offsets in (
+        (none, [], [], [0]),
+        (first, [0], [7, 1, 2], [0, 1, 3]),
+        (none_again, [], [], [0]),
+        (others, [1, 2], [8, 9, 3], [0, 1, 2, 2, 3]),
+    ):
+        part.validate(FEATURES, DENSE)
+        assert part.ids.tolist() == ids
+        assert part.offsets.tolist() == offsets
+        assert torch.equal(part.dense, whole.dense[rows])
+        assert torch.equal(part.labels, whole.labels[rows])
+        places = [whole.ids.tolist().index(each) for each in ids]
+        assert (part.weights is None) if whole.weights is None else torch.equal(part.weights, whole.weights[places])
+
+
+def test_an_empty_batch_is_split_into_empty_ones() -> None:
+    empty = torch.empty(0, dtype=torch.int64)
+    whole = Batch(torch.empty(0, 2), torch.empty(0), empty, torch.zeros(1, dtype=torch.int64))
+    assert [part.rows for part in whole.split([0, 0], 2)] == [0, 0]
+
+
 def test_an_empty_batch_passes() -> None:
     empty = torch.empty(0, dtype=torch.int64)
     Batch(torch.empty(0, 2), torch.empty(0), empty, torch.zeros(1, dtype=torch.int64)).validate(FEATURES, DENSE)

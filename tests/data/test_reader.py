@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ import ray.data
 import torch
 
 from fiited_ray.config import DataConfig
-from fiited_ray.data import Batch, DataError, check_files, parquet_batches, ray_batches, ray_dataset
+from fiited_ray.data import Batch, DataError, check_files, parquet_batches, ray_batches, ray_dataset, reader
 from fiited_ray.data.files import Files, is_sorted
 
 CONFIG = DataConfig(dense=("d",), categorical=("row",), multi_hot=("tags",), cross=(("row", "word"),))
@@ -70,6 +71,36 @@ def all_rows(batches: Iterator[Batch]) -> list[int]:
 def assert_same(one: Batch, other: Batch) -> None:
     for name in ("dense", "labels", "ids", "offsets"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("first_step", [0, 3])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("together", [1, 20, 45])  # rows: one batch, two, four
+def test_batches_are_the_same_however_many_are_collated_together(
+    files: Files, together: int, workers: int, first_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(rank: int) -> list[Batch]:
+        return list(parquet_batches(files, CONFIG, 10, rank=rank, workers=workers, first_step=first_step, max_rows=98))
+
+    all_at_once = [read(rank) for rank in range(workers)]
+    monkeypatch.setattr(reader, "_TOGETHER", together)
+    for rank, batches in enumerate(all_at_once):
+        for one, other in zip(batches, read(rank), strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("together", [1, 40, 1000])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_left_out_is_its_batchs_however_many_are_collated_together(
+    tmp_path: Path, together: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_TOGETHER", together)
+    files, config = write_bad_label(tmp_path), dataclasses.replace(CONFIG, bad_rows="skip")
+    parts = [list(parquet_batches(files, config, 16, rank=rank, workers=workers)) for rank in range(workers)]
+    assert [sum(part[step].skipped for part in parts) for step in range(3)] == [0, 1, 0]
+    steps = [[row for part in step for row in part] for step in zip(*map(rows_of, parts), strict=True)]
+    assert [row for step in steps for row in step] == [row for row in range(40) if row != 30]
+    assert [len(step) for step in steps] == [16, 15, 8]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
