@@ -16,6 +16,7 @@ _HIGHEST = 2.0**100  # a cut that no importance passes
 _HEAP_SHARE = 0.01  # of the target: what the heaps that are not seen as such may hold, over all levels
 _HEAP_FACTOR = 2  # times as many rows as in the bins around
 _AROUND = 4  # bins on each side
+_TRIED = 64  # thresholds at a time
 
 
 def levels_of(alpha: float, chunks: int) -> tuple[float, ...]:
@@ -39,7 +40,8 @@ def planned_bytes(rows: np.ndarray, threshold: float, levels: Sequence[float], r
         rows: int64 [2048], rows by importance bin.
         row_bytes: bytes of a row of width 0 (that is 0), 1, ..., k.
     """
-    return _Plan(rows, levels, row_bytes).bytes_at(threshold)
+    plan = _Plan(rows, levels, row_bytes)
+    return plan.all_bytes if threshold == 0 else float(plan.bytes_at(np.array([threshold]))[0])
 
 
 def find_threshold(rows: np.ndarray, target_bytes: float, levels: Sequence[float], row_bytes: Sequence[int]) -> float:
@@ -51,17 +53,16 @@ def find_threshold(rows: np.ndarray, target_bytes: float, levels: Sequence[float
     level, are filled. A larger target never gives a higher threshold. The limits of the store hold in any case.
     """
     plan = _Plan(rows, levels, row_bytes)
-    if plan.bytes_at(0.0) <= target_bytes:
+    if plan.all_bytes <= target_bytes:
         return 0.0
     plan.keep_heaps_whole(target_bytes)
-    low, high = 0, _bits(np.float32(_HIGHEST))  # positive floats are in the order of their bits
-    while high - low > 1:
-        middle = (low + high) // 2
-        if plan.bytes_at(_float(middle)) <= target_bytes:
-            high = middle
-        else:
-            low = middle
-    return _float(high)
+    low, high = 0, int(np.float32(_HIGHEST).view(np.int32))  # positive floats are in the order of their bits
+    while high - low > 1:  # low is too low, high is high enough
+        step = -(-(high - low) // _TRIED)
+        between = np.arange(low + step, high, step)
+        too_low = int((plan.bytes_at(_floats(between)) > target_bytes).sum())
+        low, high = low + too_low * step, min(high, low + (too_low + 1) * step)
+    return float(_floats(np.array([high]))[0])
 
 
 class _Plan:
@@ -77,31 +78,33 @@ class _Plan:
 
     def keep_heaps_whole(self, target_bytes: float) -> None:
         """Count a bin with many equal rows as kept until the cut has left it behind."""
-        around = np.lib.stride_tricks.sliding_window_view(np.pad(self._rows, _AROUND), 2 * _AROUND + 1)
-        heaped = self._rows > _HEAP_FACTOR * np.median(around, 1)
-        content = self._rows * self._more[:, None]
-        self._whole |= heaped & (content * len(self._levels) > _HEAP_SHARE * target_bytes)
+        heavy = self._rows * self._more[:, None] * len(self._levels) > _HEAP_SHARE * target_bytes
+        bins = np.flatnonzero(heavy.any(axis=0))
+        around = np.pad(self._rows, _AROUND)[bins[:, None] + np.arange(2 * _AROUND + 1)]
+        heaped = self._rows[bins] > _HEAP_FACTOR * np.median(around, 1)
+        self._whole[:, bins] |= heaped & heavy[:, bins]
 
-    def bytes_at(self, threshold: float) -> float:
-        if threshold == 0:
-            return float(self._above[0] * self._more.sum())
-        cuts = _cuts(threshold, self._levels)
+    @property
+    def all_bytes(self) -> float:
+        """At threshold 0."""
+        return float(self._above[0] * self._more.sum())
+
+    def bytes_at(self, thresholds: np.ndarray) -> np.ndarray:
+        """float64 [n], of float64 [n] thresholds above 0."""
+        cuts = _cuts(thresholds[:, None], self._levels)
         least_kept = cuts.view(np.int32).astype(np.int64) + 1  # the next float above the cut
         bins = ((least_kept >> SHIFT) - FIRST).clip(0, BINS - 1)
         inside = 1 - (least_kept & ((1 << SHIFT) - 1)) / (1 << SHIFT)
-        inside[self._whole[np.arange(len(bins)), bins]] = 1.0
+        inside[self._whole[np.arange(len(self._levels)), bins]] = 1.0
         kept = self._above[bins + 1] + self._rows[bins] * inside
-        return float((self._more * np.where(cuts < _HIGHEST, kept, 0.0)).sum())
+        return np.asarray((self._more * np.where(cuts < _HIGHEST, kept, 0.0)).sum(1))
 
 
-def _cuts(threshold: float, levels: np.ndarray) -> np.ndarray:
-    """float32 [k]: a chunk stays with rows above its cut. Rounded as the store rounds them."""
+def _cuts(threshold: float | np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """float32 [k], or [n, k] of thresholds [n, 1]: a chunk stays with rows above its cut. Rounded as the store rounds them."""
     return np.minimum(threshold * levels, _HIGHEST).astype(np.float32)
 
 
-def _bits(value: np.float32) -> int:
-    return int(value.view(np.int32))
-
-
-def _float(bits: int) -> float:
-    return float(np.int32(bits).view(np.float32))
+def _floats(bits: np.ndarray) -> np.ndarray:
+    """float64, of the bits of float32 numbers."""
+    return bits.astype(np.int32).view(np.float32).astype(np.float64)
