@@ -180,8 +180,8 @@ class ShardOf final : public ShardRows {
   }
 
   // Finds the rows of the keys [first, end) and calls visit(i, address) for each, in order. In three stages, a block of keys in each: index
-  // lines fetched; candidates found, their headers (and `vectors`) fetched; keys compared.
-  template <bool vectors = false, class Key, class Table, class Visit>
+  // lines fetched; candidates found, their headers fetched; keys compared.
+  template <class Key, class Table, class Visit>
   void for_each_address(int64_t first, int64_t end, const Key* keys, const Table* tables, Visit&& visit) const {
     uint32_t candidates[2][kInFlight];
     for (int64_t at = first; at < end + 2 * kInFlight; at += kInFlight) {
@@ -191,13 +191,7 @@ class ShardOf final : public ShardRows {
         uint32_t* const mine = candidates[middle / kInFlight % 2];
         const int64_t size = std::min(end, middle + kInFlight) - middle;
         for (int64_t i = 0; i < size; ++i) mine[i] = index_.candidate(keys[middle + i]);
-        for (int64_t i = 0; i < size; ++i) {
-          if constexpr (vectors) {
-            if (mine[i] != kAbsent) prefetch(pools_.row(mine[i]), sizeof(RowHeader) + layout_.vector_bytes(pools_.width(mine[i])));
-          } else {
-            pools_.prefetch_header(mine[i]);
-          }
-        }
+        for (int64_t i = 0; i < size; ++i) pools_.prefetch_header(mine[i]);
       }
       const int64_t last = middle - kInFlight;
       for (int64_t i = std::max(first, last); i < std::min(end, last + kInFlight); ++i) {
@@ -225,8 +219,8 @@ class ShardOf final : public ShardRows {
       for (int64_t i = 0; i < size; ++i) keys[before + i] = key_of(static_cast<uint64_t>(ids[begin + i]), salt);
     }
     std::vector<uint32_t> addresses(keys.size());
-    for_each_address<true>(0, static_cast<int64_t>(keys.size()), keys.data(), tables.data(),
-                           [&](int64_t i, uint32_t address) { addresses[i] = address; });
+    for_each_address(0, static_cast<int64_t>(keys.size()), keys.data(), tables.data(),
+                     [&](int64_t i, uint32_t address) { addresses[i] = address; });
     return addresses;
   }
 
