@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 _PREFETCH = 2  # batches made ahead by the reading thread
 _MOST_READ = 65536  # rows that Arrow decodes at a time
 _TOGETHER = 32768  # rows that are read and collated at a time: a training step has emptied the caches since the last time
+_TOGETHER_VALUES = 1 << 21  # and values of their columns, unless a single batch has more: long lists take memory
 
 
 def parquet_batches(
@@ -85,7 +86,7 @@ def ray_batches(
         DataError: for bad data, naming column and row in reading order.
     """
     tables = shard.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=_PREFETCH)
-    slices = _sliced(islice(_readable(tables), first_step, None), batch_size, rank, workers)
+    slices = _sliced(islice(_readable(tables), first_step, None), rank, workers)
     return ahead(
         _collated(slices, Collator(config), batch_size, lambda row: f"row {row} in reading order", first_step), _PREFETCH, "batches"
     )
@@ -114,11 +115,6 @@ class _Slices:
     table: pa.Table
     begins: list[int]  # where in its global batch each begins
     ends: list[int]  # of the table's rows, where each ends
-
-
-def _together(batch_size: int) -> int:
-    """Global batches that are collated at a time."""
-    return max(1, _TOGETHER // batch_size)
 
 
 def _collated(
@@ -188,21 +184,29 @@ class _Share:
 
 
 def _slices(files: Files, config: DataConfig, share: _Share) -> Iterator[_Slices]:
+    """Those of all global batches that end in the same piece together, one that goes beyond it by itself."""
     columns = config.columns
     pieces = _pieces(files, config, columns, share)
     at, piece = 0, _empty(files, columns)
-    for steps in _runs_of_steps(share):
+    step = share.first_step
+    while step < share.steps:
+        position, end = share.of(step)
+        while position < end and at + piece.num_rows <= position:
+            at, piece = next(pieces)
+        behind = step + 1
+        while behind < share.steps and share.of(behind)[1] <= at + piece.num_rows:
+            behind += 1
         begins, ends, rows = [], [], 0
-        wanted: list[list[int]] = []  # rows of the data, each from and to: those of one worker are one range
-        for step in steps:
-            begin, end = share.of(step)
-            begins.append(begin - step * share.batch_size)
+        wanted: list[tuple[int, int]] = []  # rows of the data, from and to: those of a single worker are one range
+        for each in range(step, behind):
+            begin, end = share.of(each)
+            begins.append(begin - each * share.batch_size)
             rows += end - begin
             ends.append(rows)
             if wanted and wanted[-1][1] == begin:
-                wanted[-1][1] = end
+                wanted[-1] = (wanted[-1][0], end)
             else:
-                wanted.append([begin, end])
+                wanted.append((begin, end))
         parts = []
         for position, end in wanted:
             while position < end:
@@ -211,12 +215,7 @@ def _slices(files: Files, config: DataConfig, share: _Share) -> Iterator[_Slices
                 parts.append(piece.slice(position - at, end - position))
                 position += parts[-1].num_rows
         yield _Slices(pa.concat_tables(parts) if parts else piece.slice(0, 0), begins, ends)
-
-
-def _runs_of_steps(share: _Share) -> Iterator[range]:
-    together = _together(share.batch_size)
-    for first in range(share.first_step, share.steps, together):
-        yield range(first, min(first + together, share.steps))
+        step = behind
 
 
 def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share) -> Iterator[tuple[int, pa.Table]]:
@@ -227,7 +226,7 @@ def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share)
             with pq.ParquetFile(path) as file:
                 for groups, begin in _runs(file.metadata, file_begin, share):
                     at = begin
-                    size = min(_MOST_READ, _together(share.batch_size) * share.batch_size)
+                    size = min(_MOST_READ, _rows_at_once(file.metadata, columns, share.batch_size))
                     # By this thread alone: Arrow's others would take cores from the model, and need half as much CPU time again.
                     for piece in file.iter_batches(size, row_groups=groups, columns=columns, use_threads=False):
                         table = pa.Table.from_batches([piece]).slice(0, share.total - at)
@@ -237,6 +236,15 @@ def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share)
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{path}: reading it failed: {_one_line(error)}") from error
         file_begin += file_rows
+
+
+def _rows_at_once(metadata: pq.FileMetaData, columns: list[str], batch_size: int) -> int:
+    """As many whole batches as are read together, by what the columns of the first row group hold."""
+    group = metadata.row_group(0)
+    leaves = map(group.column, range(group.num_columns))
+    values = sum(leaf.num_values for leaf in leaves if any(f"{leaf.path_in_schema}.".startswith(f"{name}.") for name in columns))
+    rows = min(_TOGETHER, _TOGETHER_VALUES * group.num_rows // max(1, values))
+    return max(1, rows // batch_size) * batch_size
 
 
 def _runs(metadata: pq.FileMetaData, file_begin: int, share: _Share) -> list[tuple[list[int], int]]:
@@ -275,10 +283,19 @@ def _check_order(table: pa.Table, column: str | None, last: Any, path: str, firs
     return values[-1].as_py()
 
 
-def _sliced(tables: Iterable[pa.Table], batch_size: int, rank: int, workers: int) -> Iterator[_Slices]:
+def _sliced(tables: Iterable[pa.Table], rank: int, workers: int) -> Iterator[_Slices]:
     """A worker's slices of tables that are a global batch each."""
-    tables = iter(tables)
-    while together := list(islice(tables, _together(batch_size))):
-        begins = [rank * table.num_rows // workers for table in together]
-        parts = [table.slice(begin, (rank + 1) * table.num_rows // workers - begin) for table, begin in zip(together, begins, strict=True)]
-        yield _Slices(pa.concat_tables(parts), begins, list(accumulate(part.num_rows for part in parts)))
+    parts, begins, rows = [], [], 0
+    for table in tables:
+        begins.append(rank * table.num_rows // workers)
+        parts.append(table.slice(begins[-1], (rank + 1) * table.num_rows // workers - begins[-1]))
+        rows += table.num_rows
+        if rows + table.num_rows > _TOGETHER or (len(parts) + 1) * table.nbytes > 8 * _TOGETHER_VALUES:
+            yield _joined(parts, begins)
+            parts, begins, rows = [], [], 0
+    if parts:
+        yield _joined(parts, begins)
+
+
+def _joined(parts: list[pa.Table], begins: list[int]) -> _Slices:
+    return _Slices(pa.concat_tables(parts), begins, list(accumulate(part.num_rows for part in parts)))

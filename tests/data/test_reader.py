@@ -75,18 +75,40 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 @pytest.mark.parametrize("first_step", [0, 3])
 @pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize("together", [1, 20, 45])  # rows: one batch, two, four
+@pytest.mark.parametrize(("limit", "most"), [("_TOGETHER", 1), ("_TOGETHER", 20), ("_TOGETHER", 45), ("_TOGETHER_VALUES", 150)])
 def test_batches_are_the_same_however_many_are_collated_together(
-    files: Files, together: int, workers: int, first_step: int, monkeypatch: pytest.MonkeyPatch
+    files: Files, limit: str, most: int, workers: int, first_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(rank: int) -> list[Batch]:
         return list(parquet_batches(files, CONFIG, 10, rank=rank, workers=workers, first_step=first_step, max_rows=98))
 
     all_at_once = [read(rank) for rank in range(workers)]
-    monkeypatch.setattr(reader, "_TOGETHER", together)
+    monkeypatch.setattr(reader, limit, most)
     for rank, batches in enumerate(all_at_once):
         for one, other in zip(batches, read(rank), strict=True):
             assert_same(one, other)
+
+
+def test_as_many_whole_batches_are_read_together_as_their_values_allow(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = pq.read_metadata(files.paths[0])
+    monkeypatch.setattr(reader, "_TOGETHER", 95)
+    assert reader._rows_at_once(metadata, CONFIG.columns, 10) == 90
+    assert reader._rows_at_once(metadata, CONFIG.columns, 100) == 100  # one, however large
+    monkeypatch.setattr(reader, "_TOGETHER_VALUES", 200)  # 16 rows have 4 x 16 values, and 24 in lists, of which 4 are empty
+    assert reader._rows_at_once(metadata, CONFIG.columns, 10) == 10 * (200 * 16 // (64 + 24 + 4) // 10)
+    assert reader._rows_at_once(metadata, ["label", "row"], 10) == 90
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "taken"), [("_TOGETHER", 20, [2, 1]), ("_TOGETHER", 19, [1, 1, 1]), ("_TOGETHER_VALUES", 1, [1, 1, 1])]
+)
+def test_tables_of_ray_are_put_together_likewise(limit: str, most: int, taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, limit, most)
+    together = list(reader._sliced([table(0, 10), table(10, 20), table(20, 25)], 1, 2))
+    assert [len(each.ends) for each in together] == taken
+    assert [row for each in together for row in each.table["row"].to_pylist()] == [*range(5, 10), *range(15, 20), *range(22, 25)]
+    assert [begin for each in together for begin in each.begins] == [5, 5, 2]
+    assert together[-1].ends == [3]
 
 
 @pytest.mark.parametrize("together", [1, 40, 1000])
