@@ -196,26 +196,33 @@ def _slices(files: Files, config: DataConfig, share: _Share) -> Iterator[_Slices
         behind = step + 1
         while behind < share.steps and share.of(behind)[1] <= at + piece.num_rows:
             behind += 1
-        begins, ends, rows = [], [], 0
-        wanted: list[tuple[int, int]] = []  # rows of the data, from and to: those of a single worker are one range
-        for each in range(step, behind):
-            begin, end = share.of(each)
-            begins.append(begin - each * share.batch_size)
-            rows += end - begin
-            ends.append(rows)
-            if wanted and wanted[-1][1] == begin:
-                wanted[-1] = (wanted[-1][0], end)
-            else:
-                wanted.append((begin, end))
+        slices = [share.of(each) for each in range(step, behind)]
+        begins = [begin - each * share.batch_size for each, (begin, _) in enumerate(slices, step)]
         parts = []
-        for position, end in wanted:
+        for position, end in _merged(slices):
             while position < end:
                 while at + piece.num_rows <= position:
                     at, piece = next(pieces)
                 parts.append(piece.slice(position - at, end - position))
                 position += parts[-1].num_rows
-        yield _Slices(pa.concat_tables(parts) if parts else piece.slice(0, 0), begins, ends)
+        yield _Slices(_concat(parts) if parts else piece.slice(0, 0), begins, list(accumulate(end - begin for begin, end in slices)))
         step = behind
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges, from and to, with those that follow on one another in one: a single worker's are all one range, which is not copied."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in ranges:
+        if merged and merged[-1][1] == begin:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def _concat(tables: list[pa.Table]) -> pa.Table:
+    """Tables of one kind of columns; in some files these may be declared to hold no null, in others not."""
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share) -> Iterator[tuple[int, pa.Table]]:
@@ -298,4 +305,4 @@ def _sliced(tables: Iterable[pa.Table], rank: int, workers: int) -> Iterator[_Sl
 
 
 def _joined(parts: list[pa.Table], begins: list[int]) -> _Slices:
-    return _Slices(pa.concat_tables(parts), begins, list(accumulate(part.num_rows for part in parts)))
+    return _Slices(_concat(parts), begins, list(accumulate(part.num_rows for part in parts)))

@@ -89,6 +89,14 @@ def test_batches_are_the_same_however_many_are_collated_together(
             assert_same(one, other)
 
 
+def test_a_batch_may_reach_from_a_file_that_may_hold_nulls_into_one_that_may_not(tmp_path: Path) -> None:
+    for name, begin, end, nullable in (("a", 0, 15, True), ("b", 15, 40, False)):
+        rows = table(begin, end)
+        pq.write_table(rows.cast(pa.schema([field.with_nullable(nullable) for field in rows.schema])), tmp_path / f"{name}.parquet")
+    files = check_files((str(tmp_path),), CONFIG)
+    assert all_rows(parquet_batches(files, CONFIG, 10)) == list(range(40))
+
+
 def test_as_many_whole_batches_are_read_together_as_their_values_allow(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = pq.read_metadata(files.paths[0])
     monkeypatch.setattr(reader, "_TOGETHER", 95)

@@ -14,7 +14,7 @@ from fiited_ray.store import Rows, ShardSpec, VhpiShard, ops
 from fiited_ray.store.shard import Lookup
 
 FEATURES, BATCH = 2, 3000  # enough lookups for several tasks of each kernel
-TABLES = torch.tensor([0, 1], dtype=torch.int32)
+TABLES = torch.tensor([0, 1], dtype=torch.int32)  # the CPU's, whatever device the tests run on
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def need_pools_ids(shard: VhpiShard) -> None:
 
 def looked_up(shard: VhpiShard, seed: int, weighted: bool, mean: bool, step: int) -> tuple[Lookup, ops.Bags]:
     ids, offsets, weights = batch(seed, weighted)
-    local = ops.dedup_ids(ids, offsets[BATCH::BATCH].contiguous(), torch.tensor([0, 1], dtype=torch.int32), shard.spec.seed, 1)
+    ends, tables = offsets[BATCH::BATCH].contiguous(), torch.tensor([0, 1], dtype=torch.int32)
+    local = ops.dedup_ids(ids, ends, tables, shard.spec.seed, 1)
     found = shard.lookup(local.keys, local.tables, local.counts, training=True, step=step)
     return found, ops.Bags(local.inverse, offsets, weights, FEATURES, mean, shard.spec.chunk, shard.spec.chunks)
 
