@@ -205,7 +205,9 @@ def _slices(files: Files, config: DataConfig, share: _Share) -> Iterator[_Slices
                     at, piece = next(pieces)
                 parts.append(piece.slice(position - at, end - position))
                 position += parts[-1].num_rows
-        yield _Slices(_concat(parts) if parts else piece.slice(0, 0), begins, list(accumulate(end - begin for begin, end in slices)))
+        yield _Slices(
+            pa.concat_tables(parts) if parts else piece.slice(0, 0), begins, list(accumulate(end - begin for begin, end in slices))
+        )
         step = behind
 
 
@@ -220,11 +222,6 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _concat(tables: list[pa.Table]) -> pa.Table:
-    """Tables of one kind of columns; in some files these may be declared to hold no null, in others not."""
-    return pa.concat_tables(tables, promote_options="default")
-
-
 def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share) -> Iterator[tuple[int, pa.Table]]:
     """Consecutive rows, and the number of the first: all that the share needs, in order, and what shares a row group with them."""
     file_begin, last_time = 0, None
@@ -236,13 +233,18 @@ def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share)
                     size = min(_MOST_READ, _rows_at_once(file.metadata, columns, share.batch_size))
                     # By this thread alone: Arrow's others would take cores from the model, and need half as much CPU time again.
                     for piece in file.iter_batches(size, row_groups=groups, columns=columns, use_threads=False):
-                        table = pa.Table.from_batches([piece]).slice(0, share.total - at)
+                        table = _nullable(piece).slice(0, share.total - at)
                         last_time = _check_order(table, config.time, last_time, path, at - file_begin)
                         yield at, table
                         at += table.num_rows
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{path}: reading it failed: {_one_line(error)}") from error
         file_begin += file_rows
+
+
+def _nullable(piece: pa.RecordBatch) -> pa.Table:
+    """A table whose columns may hold nulls: some files declare that theirs do not, and Arrow then takes them for another kind."""
+    return pa.Table.from_arrays(piece.columns, schema=pa.schema([field.with_nullable(True) for field in piece.schema]))
 
 
 def _rows_at_once(metadata: pq.FileMetaData, columns: list[str], batch_size: int) -> int:
@@ -305,4 +307,4 @@ def _sliced(tables: Iterable[pa.Table], rank: int, workers: int) -> Iterator[_Sl
 
 
 def _joined(parts: list[pa.Table], begins: list[int]) -> _Slices:
-    return _Slices(_concat(parts), begins, list(accumulate(part.num_rows for part in parts)))
+    return _Slices(pa.concat_tables(parts), begins, list(accumulate(part.num_rows for part in parts)))
