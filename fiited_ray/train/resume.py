@@ -11,7 +11,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
 from fiited_ray.checkpoint import CheckpointError, Folder, Saved, check_compatible, newest, open_checkpoint, restore, sweep
-from fiited_ray.config import Config
+from fiited_ray.config import CheckpointConfig, Config
 from fiited_ray.data.files import Files
 from fiited_ray.train.loop import Worker, fit_budget
 
@@ -60,9 +60,7 @@ def restore_last(worker: Worker, run: str, files: Files) -> None:
     if worker.exchange.rank == 0:
         last = newest(folder, run)
         name = "" if last is None else last.folder.name
-        listed = listed_checkpoints(folder)
-        if listed is not None and (gone := sweep(folder, run, listed, config.keep + config.incremental)):
-            _log.info("deleted, for an earlier attempt left them behind: %s", ", ".join(gone))
+        sweep_left_behind(folder, run, config)
     name = _from_rank_0(worker, name)
     if not name:
         return
@@ -71,6 +69,16 @@ def restore_last(worker: Worker, run: str, files: Files) -> None:
     text = f"goes on from {folder.path}/{name}, step {worker.step:,}"
     _log.info("%s, with %d worker(s)", text, worker.exchange.workers)
     worker.tell(text)
+
+
+def sweep_left_behind(folder: Folder, run: str, config: CheckpointConfig) -> None:
+    """Delete checkpoints that an attempt left behind when it failed, beyond those to keep; nothing may be writing checkpoints meanwhile.
+
+    Ray never deletes a checkpoint that was complete before Ray had listed it when its workers failed.
+    """
+    listed = listed_checkpoints(folder)
+    if listed is not None and (gone := sweep(folder, run, listed, config.keep + config.incremental)):
+        _log.info("deleted, for an earlier attempt left them behind: %s", ", ".join(gone))
 
 
 def listed_checkpoints(folder: Folder) -> list[str] | None:

@@ -26,7 +26,7 @@ from fiited_ray.tracked_model import log_model
 from fiited_ray.tracking_address import RunRef
 from fiited_ray.train.loop import Stopped
 from fiited_ray.train.plan import Plan
-from fiited_ray.train.resume import drop_unreadable_list, resume_point, storage_path
+from fiited_ray.train.resume import drop_unreadable_list, resume_point, run_folder, storage_path, sweep_left_behind
 from fiited_ray.train.stopping import STOPPED, StopOnSignal
 from fiited_ray.train.worker import work
 
@@ -85,6 +85,7 @@ def run(
     run_ref = tracking.open_run(config, {**own_tags, **(tags or {})}, before.run if before else None, inputs_of(plan), name)
     if before:
         progress(f"goes on from {before.folder.path}, step {before.step:,}")
+    lineage = before.run if before else run_ref.run_id
     coordinator = start_coordinator(config.policy, workers)
     datasets: dict[str, Any] = {}
     if config.data.reader == "ray":
@@ -98,7 +99,7 @@ def run(
             "plan": plan,
             "run": run_ref,
             "coordinator": coordinator,
-            "lineage": before.run if before else run_ref.run_id,
+            "lineage": lineage,
             "output": storage_path(config),  # Ray lets workers work in a folder of their own, where a relative one would be another
         },
         scaling_config=ScalingConfig(
@@ -137,6 +138,7 @@ def run(
         finished.set()
         watcher.join()
         ray.kill(coordinator)
+    sweep_left_behind(run_folder(config), lineage, config.checkpoint)
     assert result.checkpoint is not None
     assert result.metrics is not None
     if result.metrics.get(STOPPED):

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from fiited_ray.checkpoint import Saved, load_model
 from fiited_ray.config import (
@@ -63,6 +64,8 @@ def test_a_job_submitted_again_ends_as_if_it_had_never_stopped_and_is_brought_to
     expected, results = uninterrupted(make_plan(config))
     stopped = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=STOP))
     run(make_plan(stopped), lambda text: None)
+    folder = Path(config.output.removeprefix("fsspec+file://"), config.name)
+    (folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).unlink()  # as if Ray had died before it listed them
     again = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, resume="always"))
 
     with pytest.raises(ConfigError, match=r"embedding\.dim: 16 now, but 8 when"):
@@ -83,8 +86,7 @@ def test_a_job_submitted_again_ends_as_if_it_had_never_stopped_and_is_brought_to
     runs = client.search_runs([outcome.run.experiment_id])
     assert [each.info.status for each in runs] == ["FINISHED"]
     assert {each.step for each in client.get_metric_history(outcome.run.run_id, "train/loss")} == set(range(2, STEPS + 1, 2))
-    kept = sorted(Path(config.output.removeprefix("fsspec+file://"), "again").glob("checkpoint_2*"))  # by date; not Ray's own list of them
-    assert len(kept) == 2  # keep, and one that it could build on
+    assert len(checkpoints(folder)) == 2  # keep, and one that it could build on; not those of the first run that Ray never listed
 
     assert point(config, "auto") is None  # a finished run begins anew
     assert point(config, "never") is None
@@ -101,6 +103,11 @@ def test_a_job_submitted_again_ends_as_if_it_had_never_stopped_and_is_brought_to
     assert client.get_run(outcome.run.run_id).info.status == "FINISHED"
     assert [each.step for each in client.get_metric_history(outcome.run.run_id, "train/loss")] == list(range(2, STEPS + 1, 2))
     assert load_model(last.model_folder).step == STEPS
+    assert len(checkpoints(folder)) == 2
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob("checkpoint_2*"))  # named by date; beside them lies Ray's own list
 
 
 def point(config: Config, resume: str, **settings: int) -> Saved | None:
