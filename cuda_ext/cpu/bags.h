@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <memory>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -14,7 +14,7 @@
 
 namespace fiited {
 
-constexpr int64_t kTileRows = 64;                   // batch rows that are pooled together
+constexpr int64_t kBagsPerTask = 2048;
 constexpr int64_t kLargeResult = int64_t{4} << 20;  // bytes: more than a core keeps for itself until it is read again
 
 // Items begin..end-1 summed as kSummedTogether says: add(item, to) adds one; `to` has room for `size` numbers at each of its levels.
@@ -41,79 +41,117 @@ struct StoredVector {
   int live;
 };
 
-// Pools vectors, missing dimensions as zero: out [batch, features, dim].
-//
-// A batch holds lookups feature by feature, the result has the features of a batch row side by side. Lookups are put into that order
-// a tile of batch rows at a time: reading them across features one by one would jump by the batch size, which caches handle badly.
-// `of_tile(first, end)` gives what says the vector of each lookup i in the bags of these batch rows; it is asked feature by feature.
-template <class Real, class Store, class OfTile>
-void pool_rows(const Bags& bags, OfTile&& of_tile, Real* out) {
-  const auto* weights = static_cast<const Real*>(bags.weights);
-  const bool scaled = weights != nullptr || bags.mean;
-  const int dim = bags.dim();
-  const bool streams = std::is_same_v<Real, float> && !scaled && bags.chunk % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
-                       bags.batch * bags.features * dim * sizeof(Real) >= kLargeResult;
-  for_each_range(bags.batch, kTileRows, [&](int64_t first, int64_t end) {
-    const auto for_each_bag = [&](auto&& visit) {
-      for (int64_t f = 0; f < bags.features; ++f) {
-        for (int64_t b = first; b < end; ++b) visit((b - first) * bags.features + f, bags.offsets + f * bags.batch + b);
-      }
-    };
-    std::vector<int32_t> starts((end - first) * bags.features + 1);
-    for_each_bag([&](int64_t at, const int64_t* bag) { starts[at + 1] = static_cast<int32_t>(bag[1] - bag[0]); });
-    std::partial_sum(starts.begin(), starts.end(), starts.begin());
-    const int32_t lookups = starts.back();
-    const std::unique_ptr<StoredVector<Store>[]> vectors(new StoredVector<Store>[lookups]);
-    const std::unique_ptr<Real[]> factors(scaled ? new Real[lookups] : nullptr);
-    auto vector_of = of_tile(first, end);
-    for_each_bag([&](int64_t at, const int64_t* bag) {
-      int32_t to = starts[at];
-      for (int64_t i = bag[0]; i < bag[1]; ++i, ++to) {
-        vectors[to] = vector_of(i);
-        if (scaled) factors[to] = (weights ? weights[i] : Real(1)) / (bags.mean ? static_cast<Real>(bag[1] - bag[0]) : Real(1));
-      }
-    });
+// Pools the vectors of lookups that are added in order, missing dimensions as zero: out [batch, features, dim], from the bag with the
+// number `first` on, of those that a batch holds feature by feature. Each goes to its own place in the result, past the caches if that is
+// large.
+template <class Real, class Store>
+class Pooler {
+ public:
+  Pooler(const Bags& bags, Real* out, int64_t first)
+      : weights_(static_cast<const Real*>(bags.weights)),
+        mean_(bags.mean),
+        streams_(std::is_same_v<Real, float> && bags.chunk % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
+                 bags.batch * bags.features * bags.dim() * static_cast<int64_t>(sizeof(Real)) >= kLargeResult),
+        dim_(bags.dim()),
+        batch_(bags.batch),
+        row_(bags.features * bags.dim()),
+        bag_(bags.offsets + first),
+        b_(first % bags.batch),
+        to_(out + b_ * row_ + first / bags.batch * dim_),
+        sum_(dim_) {}
+  ~Pooler() {
+    if (streams_) end_stream();
+  }
+  Pooler(const Pooler&) = delete;
+  Pooler& operator=(const Pooler&) = delete;
 
-    const int32_t ahead = ahead_of(dim * sizeof(typename Store::Bits));
-    const auto fetch = [&](int32_t at) __attribute__((always_inline)) {
-      for (int32_t i = at; i < std::min(lookups, at + ahead); ++i) {
-        prefetch(vectors[i].at, static_cast<int64_t>(sizeof(typename Store::Bits)) * vectors[i].live);
-      }
-    };
-    fetch(0);
-    for (size_t bag = 0; bag + 1 < starts.size(); ++bag) {
-      Real* __restrict to = out + (first * bags.features + static_cast<int64_t>(bag)) * dim;
-      int written = 0;
-      if constexpr (std::is_same_v<Real, float>) {
-        if (streams && starts[bag + 1] - starts[bag] <= 1) {
-          if (starts[bag + 1] > starts[bag]) {
-            if ((starts[bag] & (ahead - 1)) == 0) fetch(starts[bag] + ahead);
-            const auto* from = vectors[starts[bag]].at;
-            written = vectors[starts[bag]].live;
-            stream(written, to, [&](int64_t d) { return Store::to_float(from[d]); });
-          }
-          stream(dim - written, to + written, [](int64_t) { return 0.0f; });
-          continue;
-        }
-      }
-      for (int32_t i = starts[bag]; i < starts[bag + 1]; ++i) {
-        if ((i & (ahead - 1)) == 0) fetch(i + ahead);
-        const auto* __restrict from = vectors[i].at;
-        const int live = vectors[i].live;
-        if (written == 0 && !scaled) {
-          for_each_dim(live, [&](int64_t d) { to[d] = Store::to_float(from[d]); });
-          written = live;
-          continue;
-        }
-        const Real factor = scaled ? factors[i] : Real(1);
-        const int both = std::min(written, live);
-        for_each_dim(both, [&](int64_t d) { to[d] += factor * Store::to_float(from[d]); });
-        for_each_dim(live - both, [&](int64_t d) { to[both + d] = factor * Store::to_float(from[both + d]); });
-        written = std::max(written, live);
-      }
-      if (written < dim) std::fill_n(to + written, dim - written, Real(0));
+  // The vector of lookup i.
+  [[gnu::always_inline]] void add(int64_t i, StoredVector<Store> vector) {
+    while (i >= bag_[1]) close();
+    const auto* __restrict from = vector.at;
+    const int live = vector.live;
+    if (bag_[1] - bag_[0] == 1 && weights_ == nullptr) {
+      write(live, [&](int64_t d) { return Store::to_float(from[d]); });
+      return;
     }
-    if (streams) end_stream();
+    Real* const __restrict sum = sum_.data();
+    if (summed_ == 0 && weights_ == nullptr && !mean_) {
+      for_each_dim(live, [&](int64_t d) { sum[d] = Store::to_float(from[d]); });
+      summed_ = live;
+      return;
+    }
+    const Real factor = (weights_ ? weights_[i] : Real(1)) / (mean_ ? static_cast<Real>(bag_[1] - bag_[0]) : Real(1));
+    const int both = std::min(summed_, live);
+    for_each_dim(both, [&](int64_t d) { sum[d] += factor * Store::to_float(from[d]); });
+    for_each_dim(live - both, [&](int64_t d) { sum[both + d] = factor * Store::to_float(from[both + d]); });
+    summed_ = std::max(summed_, live);
+  }
+
+  // After the last lookup of the bags before the one with the number `end`.
+  void close_until(const int64_t* end) {
+    while (bag_ < end) close();
+  }
+
+ private:
+  void close() {
+    write(summed_, [sum = sum_.data()](int64_t d) { return sum[d]; });
+    summed_ = 0;
+  }
+
+  // Of the bag at hand, `live` numbers and zeros behind them.
+  template <class Value>
+  [[gnu::always_inline]] void write(int live, Value&& value) {
+    bool streamed = false;
+    if constexpr (std::is_same_v<Real, float>) {
+      if (streams_) {
+        stream(live, to_, value);
+        stream(dim_ - live, to_ + live, [](int64_t) { return 0.0f; });
+        streamed = true;
+      }
+    }
+    if (!streamed) {
+      Real* const __restrict to = to_;
+      for_each_dim(live, [&](int64_t d) { to[d] = value(d); });
+      std::fill(to + live, to + dim_, Real(0));
+    }
+    ++bag_;
+    to_ += row_;
+    if (++b_ < batch_) return;
+    b_ = 0;
+    to_ += dim_ - batch_ * row_;
+  }
+
+  const Real* weights_;
+  bool mean_;
+  bool streams_;
+  int dim_;
+  int64_t batch_;
+  int64_t row_;         // numbers of the result for each batch row
+  const int64_t* bag_;  // where its lookups begin
+  int64_t b_;           // its batch row
+  Real* to_;
+  std::vector<Real> sum_;
+  int summed_ = 0;  // numbers of it that have been written
+};
+
+// Pools the vectors that `vector_of(lookup)` names.
+template <class Real, class Store, class VectorOf>
+void pool_rows(const Bags& bags, VectorOf&& vector_of, Real* out) {
+  const int ahead = ahead_of(bags.dim() * sizeof(typename Store::Bits));
+  for_each_range(bags.features * bags.batch, kBagsPerTask, [&](int64_t first, int64_t last) {
+    std::array<StoredVector<Store>, 2 * kInFlight> vectors;  // of a block that is added, and of the next one, which is fetched
+    Pooler<Real, Store> pooler(bags, out, first);
+    const int64_t begin = bags.offsets[first];
+    const int64_t end = bags.offsets[last];
+    for (int64_t at = begin; at < end + ahead; at += ahead) {
+      for (int64_t i = at; i < std::min(end, at + ahead); ++i) {
+        const auto vector = vectors[i % (2 * kInFlight)] = vector_of(i);
+        prefetch(vector.at, static_cast<int64_t>(sizeof(typename Store::Bits)) * vector.live);
+      }
+      if (at == begin) continue;
+      for (int64_t i = at - ahead; i < std::min(end, at); ++i) pooler.add(i, vectors[i % (2 * kInFlight)]);
+    }
+    pooler.close_until(bags.offsets + last);
   });
 }
 

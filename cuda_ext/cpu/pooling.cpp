@@ -25,7 +25,7 @@ void pool(const Bags& bags, const Real* values, const int64_t* starts, const uin
     const int32_t row = inverse[i];
     return StoredVector<Plain<Real>>{values + starts[row], widths[row] * chunk};
   };
-  pool_rows<Real, Plain<Real>>(bags, [&](int64_t, int64_t) { return vector_of; }, out);
+  pool_rows<Real, Plain<Real>>(bags, vector_of, out);
 }
 
 template <class Real>

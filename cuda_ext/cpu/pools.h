@@ -26,7 +26,8 @@ class Pools {
       const size_t most = std::min((size_t{1} << addresses_.position_bits) * stride, Region::physical_bytes());
       regions_.push_back(std::make_unique<Region>(memory, most, granule));
       bits_.push_back(std::make_unique<Region>(memory, bit_bytes(most / stride + 1), Memory::kPage));
-      pools_.push_back({regions_.back()->begin(), static_cast<uint32_t>(stride), 0});
+      const auto vector_end = static_cast<uint32_t>(sizeof(RowHeader) + layout.vector_bytes(width));
+      pools_.push_back({regions_.back()->begin(), static_cast<uint32_t>(stride), vector_end, 0});
     }
   }
 
@@ -45,9 +46,12 @@ class Pools {
   }
   RowHeader& header(uint32_t address) const { return *reinterpret_cast<RowHeader*>(row(address)); }
 
-  // Both take kAbsent too, and do nothing then.
+  // These take kAbsent too, and do nothing then.
   [[gnu::always_inline]] void prefetch_header(uint32_t address) const {
     if (address != kAbsent) prefetch(row(address), sizeof(RowHeader));
+  }
+  [[gnu::always_inline]] void prefetch_vector(uint32_t address) const {
+    if (address != kAbsent) prefetch(row(address), pools_[uint64_t{address} >> addresses_.position_bits].vector_end);
   }
   [[gnu::always_inline]] void prefetch_row(uint32_t address) const {
     if (address != kAbsent) prefetch(row(address), pools_[uint64_t{address} >> addresses_.position_bits].stride);
@@ -128,6 +132,7 @@ class Pools {
   struct Pool {
     std::byte* rows;
     uint32_t stride;
+    uint32_t vector_end;  // bytes up to the optimizer state
     uint32_t count;
   };
   Addresses addresses_;

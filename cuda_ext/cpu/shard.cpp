@@ -69,18 +69,28 @@ class ShardOf final : public ShardRows {
 
   void pool(const Bags& bags, const uint32_t* addresses, float* out) const override {
     const auto vector_of = [this, addresses, inverse = bags.inverse](int64_t i) { return stored_at(addresses[inverse[i]]); };
-    pool_rows<float, Store>(bags, [&](int64_t, int64_t) { return vector_of; }, out);
+    pool_rows<float, Store>(bags, vector_of, out);
   }
 
   void pool_ids(const Bags& bags, const int64_t* ids, const int32_t* feature_tables, float* out) const override {
-    pool_rows<float, Store>(
-        bags,
-        [&](int64_t first, int64_t end) {
-          return [this, addresses = addresses_of_tile(bags, ids, feature_tables, first, end), next = 0](int64_t) mutable {
-            return stored_at(addresses[next++]);
-          };
-        },
-        out);
+    for_each_range(bags.features * bags.batch, kBagsPerTask, [&](int64_t first, int64_t last) {
+      std::array<uint64_t, kKeysPerTask> keys;
+      std::array<uint16_t, kKeysPerTask> tables;
+      Pooler<float, Store> pooler(bags, out, first);
+      int64_t f = first / bags.batch;
+      const int64_t end = bags.offsets[last];
+      for (int64_t begin = bags.offsets[first]; begin < end; begin += kKeysPerTask) {
+        const int64_t size = std::min(end - begin, kKeysPerTask);
+        for (int64_t i = 0; i < size; ++i) {
+          while (begin + i >= bags.offsets[(f + 1) * bags.batch]) ++f;
+          tables[i] = static_cast<uint16_t>(feature_tables[f]);
+          keys[i] = key_of(static_cast<uint64_t>(ids[begin + i]), salts_[tables[i]]);
+        }
+        for_each_address<Fetched::kVector>(0, size, keys.data(), tables.data(),
+                                           [&](int64_t i, uint32_t address) { pooler.add(begin + i, stored_at(address)); });
+      }
+      pooler.close_until(bags.offsets + last);
+    });
   }
 
   void update(const Update& rows, const float* gradients, int64_t arrivals, const int32_t* target) override {
@@ -180,8 +190,9 @@ class ShardOf final : public ShardRows {
   }
 
   // Finds the rows of the keys [first, end) and calls visit(i, address) for each, in order. In three stages, a block of keys in each: index
-  // lines fetched; candidates found, their headers fetched; keys compared.
-  template <class Key, class Table, class Visit>
+  // lines fetched; candidates found, and of their rows what is `fetched`; keys compared.
+  enum class Fetched { kHeader, kVector };
+  template <Fetched fetched = Fetched::kHeader, class Key, class Table, class Visit>
   void for_each_address(int64_t first, int64_t end, const Key* keys, const Table* tables, Visit&& visit) const {
     uint32_t candidates[2][kInFlight];
     for (int64_t at = first; at < end + 2 * kInFlight; at += kInFlight) {
@@ -191,7 +202,13 @@ class ShardOf final : public ShardRows {
         uint32_t* const mine = candidates[middle / kInFlight % 2];
         const int64_t size = std::min(end, middle + kInFlight) - middle;
         for (int64_t i = 0; i < size; ++i) mine[i] = index_.candidate(keys[middle + i]);
-        for (int64_t i = 0; i < size; ++i) pools_.prefetch_header(mine[i]);
+        for (int64_t i = 0; i < size; ++i) {
+          if constexpr (fetched == Fetched::kVector) {
+            pools_.prefetch_vector(mine[i]);
+          } else {
+            pools_.prefetch_header(mine[i]);
+          }
+        }
       }
       const int64_t last = middle - kInFlight;
       for (int64_t i = std::max(first, last); i < std::min(end, last + kInFlight); ++i) {
@@ -202,26 +219,6 @@ class ShardOf final : public ShardRows {
         visit(i, address);
       }
     }
-  }
-
-  // Of the lookups in the bags of batch rows [first, end), feature by feature.
-  std::vector<uint32_t> addresses_of_tile(const Bags& bags, const int64_t* ids, const int32_t* feature_tables, int64_t first,
-                                          int64_t end) const {
-    std::vector<uint64_t> keys;
-    std::vector<uint16_t> tables;
-    for (int64_t f = 0; f < bags.features; ++f) {
-      const int64_t begin = bags.offsets[f * bags.batch + first];
-      const int64_t size = bags.offsets[f * bags.batch + end] - begin;
-      const size_t before = keys.size();
-      keys.resize(before + size);
-      tables.resize(before + size, static_cast<uint16_t>(feature_tables[f]));
-      const TableSalt salt = salts_[feature_tables[f]];
-      for (int64_t i = 0; i < size; ++i) keys[before + i] = key_of(static_cast<uint64_t>(ids[begin + i]), salt);
-    }
-    std::vector<uint32_t> addresses(keys.size());
-    for_each_address(0, static_cast<int64_t>(keys.size()), keys.data(), tables.data(),
-                     [&](int64_t i, uint32_t address) { addresses[i] = address; });
-    return addresses;
   }
 
   StoredVector<Store> stored_at(uint32_t address) const {
