@@ -5,7 +5,8 @@
 
 Synthetic ids: 26 tables, 4096 single-hot power-law ids of each in a batch, tables far larger than the last-level cache. A training
 step is lookup, backward and fused row-wise Adagrad (torch: elementwise, the only sparse one it has). Systems take turns batch by
-batch in one process; times are medians. `fbgemm-gpu-cpu` is optional: without it its columns are empty.
+batch in one process; times are medians. Malloc keeps what is freed, as in a training run: otherwise a system's results are taken from
+the system page by page, or not, by chance. `fbgemm-gpu-cpu` is optional: without it its columns are empty.
 
 `bound` is the time that the bytes which must move would take at the copy bandwidth measured here: U*D*4 + N*D*4 forward, and
 N*D*4 + 2*U*D*4 + 8*U backward, with N lookups and U distinct ids.
@@ -27,6 +28,7 @@ import store_device
 import torch
 from torch import Tensor, nn
 
+from fiited_ray.allocator import keep_freed_memory
 from fiited_ray.config import Config, DataConfig, EmbeddingConfig, PolicyConfig
 from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import Batch
@@ -349,6 +351,7 @@ def main() -> int:
         if arguments.json:
             arguments.json.write_text(json.dumps(on_device, indent=1) + "\n")
         return 0
+    keep_freed_memory()
     result: dict[str, Any] = {"synthetic": True, "dims": {}}
     for dim in arguments.dims:
         figures = measure(dim, arguments.turns, not arguments.without_torch)
