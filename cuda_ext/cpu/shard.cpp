@@ -13,6 +13,7 @@ namespace fiited {
 
 namespace {
 
+constexpr int64_t kProbed = 32;          // keys in a block of a lookup
 constexpr uint32_t kRoundBlock = 65536;  // rows of a round that are looked at together, before the first of them moves
 constexpr uint32_t kRoundRange = 4096;
 constexpr uint64_t kAllKeys = 1ull << 32;
@@ -194,13 +195,13 @@ class ShardOf final : public ShardRows {
   enum class Fetched { kHeader, kVector };
   template <Fetched fetched = Fetched::kHeader, class Key, class Table, class Visit>
   void for_each_address(int64_t first, int64_t end, const Key* keys, const Table* tables, Visit&& visit) const {
-    uint32_t candidates[2][kInFlight];
-    for (int64_t at = first; at < end + 2 * kInFlight; at += kInFlight) {
-      for (int64_t i = at; i < std::min(end, at + kInFlight); ++i) index_.prefetch(keys[i]);
-      const int64_t middle = at - kInFlight;
+    uint32_t candidates[2][kProbed];
+    for (int64_t at = first; at < end + 2 * kProbed; at += kProbed) {
+      for (int64_t i = at; i < std::min(end, at + kProbed); ++i) index_.prefetch(keys[i]);
+      const int64_t middle = at - kProbed;
       if (middle >= first) {
-        uint32_t* const mine = candidates[middle / kInFlight % 2];
-        const int64_t size = std::min(end, middle + kInFlight) - middle;
+        uint32_t* const mine = candidates[middle / kProbed % 2];
+        const int64_t size = std::min(end, middle + kProbed) - middle;
         for (int64_t i = 0; i < size; ++i) mine[i] = index_.candidate(keys[middle + i]);
         for (int64_t i = 0; i < size; ++i) {
           if constexpr (fetched == Fetched::kVector) {
@@ -210,11 +211,11 @@ class ShardOf final : public ShardRows {
           }
         }
       }
-      const int64_t last = middle - kInFlight;
-      for (int64_t i = std::max(first, last); i < std::min(end, last + kInFlight); ++i) {
+      const int64_t last = middle - kProbed;
+      for (int64_t i = std::max(first, last); i < std::min(end, last + kProbed); ++i) {
         const auto key = static_cast<uint64_t>(keys[i]);
         const auto table = static_cast<uint16_t>(tables[i]);
-        uint32_t address = candidates[last / kInFlight % 2][i - last];
+        uint32_t address = candidates[last / kProbed % 2][i - last];
         if (address != kAbsent && !is_row(address, key, table)) address = find(key, table);
         visit(i, address);
       }
