@@ -190,9 +190,10 @@ class ShardOf final : public ShardRows {
     return tallied;
   }
 
+  enum class Fetched { kHeader, kVector };
+
   // Finds the rows of the keys [first, end) and calls visit(i, address) for each, in order. In three stages, a block of keys in each: index
   // lines fetched; candidates found, and of their rows what is `fetched`; keys compared.
-  enum class Fetched { kHeader, kVector };
   template <Fetched fetched = Fetched::kHeader, class Key, class Table, class Visit>
   void for_each_address(int64_t first, int64_t end, const Key* keys, const Table* tables, Visit&& visit) const {
     uint32_t candidates[2][kProbed];

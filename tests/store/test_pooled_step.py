@@ -198,7 +198,8 @@ def test_rows_are_loaded_by_many_threads_as_by_one(placed: bool, four_threads: N
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 @pytest.mark.parametrize("most", [1, 2])
-def test_results_that_no_cache_holds_are_those_of_smaller_batches(storage: str, most: int) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_results_that_no_cache_holds_are_those_of_smaller_batches(storage: str, most: int, scaled: bool) -> None:
     """They are written past the caches: bags of one lookup and of none, of rows and of ids without one."""
     shard = VhpiShard(make_spec(chunk=32, chunks=4, levels=(1.0, 2.0, 4.0, 8.0), storage=storage))
     generator = torch.Generator().manual_seed(0)
@@ -209,14 +210,15 @@ def test_results_that_no_cache_holds_are_those_of_smaller_batches(storage: str, 
     rows = 10_000
     lengths = torch.randint(0, most + 1, (2 * rows,), generator=generator)
     inverse = torch.randint(0, 3000, (int(lengths.sum()),), generator=generator).int()
+    weights = torch.rand(len(inverse), generator=generator)
 
     def pooled(first: int, end: int) -> Tensor:
         kept = torch.zeros(2, rows, dtype=torch.bool)
         kept[:, first:end] = True
         mine = lengths[kept.flatten()]
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mine.cumsum(0)])
-        lookups = inverse[torch.repeat_interleave(kept.flatten(), lengths)]
-        return shard.pool(found, ops.Bags(lookups, offsets, None, 2, False, 32, 4))
+        lookups = torch.repeat_interleave(kept.flatten(), lengths)
+        return shard.pool(found, ops.Bags(inverse[lookups], offsets, weights[lookups] if scaled else None, 2, scaled, 32, 4))
 
     whole = pooled(0, rows)
     assert whole.nbytes >= 4 << 20
