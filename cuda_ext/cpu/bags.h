@@ -87,7 +87,7 @@ class Pooler {
     summed_ = std::max(summed_, live);
   }
 
-  // After the last lookup of the bags before the one with the number `end`.
+  // After the last lookup of the bags before `end`, a place in the bags' offsets.
   void close_until(const int64_t* end) {
     while (bag_ < end) close();
   }
@@ -101,19 +101,21 @@ class Pooler {
   // Of the bag at hand, `live` numbers and zeros behind them.
   template <class Value>
   [[gnu::always_inline]] void write(int live, Value&& value) {
-    bool streamed = false;
     if constexpr (std::is_same_v<Real, float>) {
       if (streams_) {
         stream(live, to_, value);
         stream(dim_ - live, to_ + live, [](int64_t) { return 0.0f; });
-        streamed = true;
+        return pass();
       }
     }
-    if (!streamed) {
-      Real* const __restrict to = to_;
-      for_each_dim(live, [&](int64_t d) { to[d] = value(d); });
-      std::fill(to + live, to + dim_, Real(0));
-    }
+    Real* const __restrict to = to_;
+    for_each_dim(live, [&](int64_t d) { to[d] = value(d); });
+    std::fill(to + live, to + dim_, Real(0));
+    pass();
+  }
+
+  // To the next bag.
+  [[gnu::always_inline]] void pass() {
     ++bag_;
     to_ += row_;
     if (++b_ < batch_) return;
