@@ -78,15 +78,17 @@ constexpr int64_t kInFlight = 16;
 // The same for rows of many bytes; a power of two, too.
 constexpr int32_t ahead_of(size_t row_bytes) {
   int32_t rows = kInFlight;
-  while (rows > 2 && rows * row_bytes > 4096) rows /= 2;
+  while (rows > 2 && rows * row_bytes > 8192) rows /= 2;
   return rows;
 }
 
-// Asks for the cache lines of a range ahead of their use. This and all that call it are always inlined: GCC takes a function that
-// only prefetches for one without effect, and drops calls of it.
+// Asks for the cache lines of a range ahead of their use, which is once in a step: they are to leave the caches first. This and all that
+// call it are always inlined: GCC takes a function that only prefetches for one without effect, and drops calls of it.
 [[gnu::always_inline]] inline void prefetch(const void* at, int64_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(at);
-  for (uintptr_t line = begin & ~uintptr_t{63}; line < begin + bytes; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(line));
+  for (uintptr_t line = begin & ~uintptr_t{63}; line < begin + bytes; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 0);
+  }
 }
 
 }  // namespace fiited
