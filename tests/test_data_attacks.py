@@ -227,6 +227,13 @@ def test_bad_rows_are_left_out_counted_and_named_in_the_log(value: float, caplog
     assert sorted(faults) == [(0, 1), (1, 1), (2, 1), (4, 1)]  # rows as they were given
 
 
+def test_rows_that_were_left_out_are_in_the_metrics_of_a_run() -> None:
+    batches = [dataclasses.replace(batch([1, 2], [3, 4]), skipped=skipped) for skipped in (0, 3, 4)]
+    worker = make_worker()
+    assert train(worker, lambda: batches)["data/skipped_rows"] == 7
+    assert worker.history.values["data/skipped_rows"].tolist() == [0, 3, 7]
+
+
 def test_a_batch_of_bad_rows_alone_is_an_empty_one() -> None:
     config = DataConfig(dense=("d",), categorical=("a",), bad_rows="skip")
     found = Collator(config)(pa.table({"label": [0, 1], "d": [np.nan, np.inf], "a": [1, 2]}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -60,9 +60,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch in a device's memory."""
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
-        dense, labels, ids, offsets = (part.to(device, non_blocking=True) for part in (self.dense, self.labels, self.ids, self.offsets))
-        return Batch(dense, labels, ids, offsets, weights)
+        names = ("dense", "labels", "ids", "offsets") if self.weights is None else ("dense", "labels", "ids", "offsets", "weights")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     def validate(self, features: Sequence[str], dense: Sequence[str] = ()) -> None:
         """Check every promise of this class.
