@@ -31,7 +31,8 @@ from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
 from fiited_ray.exchange import Solo
 from fiited_ray.fitting import settle
 from fiited_ray.store.ops import dedup_ids
-from fiited_ray.train.loop import Worker, hold_round, train_step
+from fiited_ray.train.loop import Worker, train_step
+from fiited_ray.train.rounds import hold_round
 
 CONFIG = Path(__file__).parent.parent / "jobs" / "configs" / "synthetic.yaml"
 WINDOWS = 20  # of the stream, each with an AUC of its own

@@ -42,7 +42,7 @@ from settings import config_of
 from fiited_ray.ahead import ahead
 from fiited_ray.allocator import keep_freed_memory
 from fiited_ray.config import Config
-from fiited_ray.coordinator import GroupDecider, LocalDecider
+from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import Batch, check_files, count_distinct, parquet_batches
 from fiited_ray.data.synthetic import SyntheticSpec
 from fiited_ray.exchange import make_exchange
@@ -133,8 +133,7 @@ def run_ours(task: Task, rank: int, pipe: Connection) -> None:
         dist.init_process_group("gloo", f"file://{task.folder}/store", rank=rank, world_size=system.workers)
     row_bytes = dense_row_bytes(config.embedding)
     budget = None if system.share == 1 else int(sum(task.distinct) * row_bytes * system.share)
-    decider = GroupDecider(config.policy) if together > 1 else LocalDecider(config.policy)
-    worker = Worker(config, budget, make_exchange(), decider)
+    worker = Worker(config, budget, make_exchange(), LocalDecider(config.policy))
     turns = Turns(task, endless(config, rank % together, together), pipe)
     turns.mark = lambda: (len(worker.history.steps), worker.step, worker.exchange.bytes_sent)
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fiited_ray.config import load
-from fiited_ray.coordinator import GroupDecider, LocalDecider
+from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import parquet_batches
 from fiited_ray.exchange import make_exchange
 from fiited_ray.train.loop import Worker, train
@@ -41,8 +41,7 @@ def measure(rank: int, plan: Plan, workers: int, threads: int, turns: int, folde
     for turn in range(turns + 1):  # the first one warms up
         for overlap in (0, 1) if turn % 2 else (1, 0):
             config = dataclasses.replace(plan.config, train=dataclasses.replace(plan.config.train, workers=workers, overlap=overlap))
-            decider = GroupDecider(config.policy) if workers > 1 else LocalDecider(config.policy)
-            worker = Worker(config, plan.budget_bytes, make_exchange(), decider)
+            worker = Worker(config, plan.budget_bytes, make_exchange(), LocalDecider(config.policy))
             size = config.train.batch_size
             before = time.thread_time()
             metrics = train(worker, lambda: parquet_batches(plan.files, config.data, size, rank=rank, workers=workers))  # noqa: B023

@@ -27,7 +27,7 @@ WORKERS = (2, 4, 8, 16, 64, 256, 1024)
 IDS = tuple(10**power for power in range(6, 13))
 KEY_BYTES, WIDTH_BYTES = 16, 1  # a key asked for: key, table and count; the answer's width
 METADATA_BYTES = 22  # of a row: header 16, index about 6
-REPORT_BYTES = 33_500  # a histogram of int64 [2, 2048] and what stands around it, pickled
+REPORT_BYTES = 32_792  # a histogram of int64 [2, 2048] and three numbers
 EXCHANGES = 6  # all-to-alls in a step: greeting, keys, sums, widths, vectors, gradients
 NOT_ROWS = 0.02 + 1 / 40 + 0.01  # of the budget: sketch, structure, headroom
 
@@ -36,26 +36,25 @@ NOT_ROWS = 0.02 + 1 / 40 + 0.01  # of the budget: sketch, structure, headroom
 class Costs:
     """Seconds of work for each item, on one core (or one GPU). Defaults: a 2-core virtual machine (AMD EPYC), see docs/scaling.json."""
 
-    step: float = 1.2e-03  # once a step: Python, autograd, metrics, dense optimizer
-    group: float = 2.2e-03  # once a step of several workers: what Python does around exchanges
-    decode: float = 3.2e-07  # a row of the GLOBAL batch: every worker decodes all Parquet columns
-    collate: float = 1.7e-07  # a row of the worker's own batch
-    dedup: float = 5.5e-09  # a lookup
-    merge: float = 7.7e-09  # a key asked of an owner
-    lookup: float = 2.9e-08  # a distinct key at its owner
-    read: float = 7.6e-09  # a key answered
-    read_value: float = 1.9e-10  # a number of its vector
-    pool_value: float = 4.3e-10  # a number of a lookup's vector
-    fold_value: float = 5.1e-10  # a number of a lookup's gradient
-    update: float = 3.8e-08  # a distinct key updated by its owner
-    update_value: float = 1.5e-10  # a number of its gradient
-    flop: float = 5.7e-12  # of the dense part
+    step: float = 9.3e-04  # once a step: Python, autograd, metrics, dense optimizer
+    group: float = 2.9e-03  # once a step of several workers: what Python does around exchanges
+    decode: float = 2.1e-07  # a row of the GLOBAL batch: every worker decodes all Parquet columns
+    collate: float = 2.4e-07  # a row of the worker's own batch
+    dedup: float = 5.7e-09  # a lookup
+    merge: float = 7.9e-09  # a key asked of an owner
+    lookup: float = 2.0e-08  # a distinct key at its owner
+    read: float = 7.4e-09  # a key answered
+    read_value: float = 1.3e-10  # a number of its vector
+    pool_value: float = 2.4e-10  # a number of a lookup's vector
+    fold_value: float = 4.5e-10  # a number of a lookup's gradient
+    update: float = 3.7e-08  # a distinct key updated by its owner
+    update_value: float = 1.7e-10  # a number of its gradient
+    flop: float = 6.2e-12  # of the dense part
     round_row: float = 6.0e-09  # a resident row: histogram, shrink, grow
-    report: float = 5.3e-04  # the coordinator: a shard's report heard and answered
-    decide: float = 3.1e-03  # the coordinator: the decision, whatever the number of shards
-    collective: float = 5.3e-06  # a collective operation, whatever the number of peers
-    message: float = 1.2e-05  # a peer of an all-to-all
-    wire_byte: float = 3.1e-10  # the processor's work to send and receive a byte
+    decide: float = 1.4e-03  # the coordinator: a call with the sum of all reports, decided and answered
+    collective: float = 7.0e-06  # a collective operation, whatever the number of peers
+    message: float = 1.1e-05  # a peer of an all-to-all
+    wire_byte: float = 2.9e-10  # the processor's work to send and receive a byte
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ def all_reduce_seconds(cluster: Cluster, workers: int, size: float) -> float:
 def _taking_turns(cluster: Cluster, workers: int) -> Cluster:
     """The same cluster, its workers' work lasting longer where they are more than their machine's cores. The coordinator's does not."""
     wait = max(1.0, min(workers, cluster.near) / cluster.cores)
-    work = {name: seconds * wait for name, seconds in asdict(cluster.costs).items() if name not in ("report", "decide")}
+    work = {name: seconds * wait for name, seconds in asdict(cluster.costs).items() if name != "decide"}
     return replace(cluster, costs=replace(cluster.costs, **work))
 
 
@@ -224,8 +223,9 @@ def predict(cluster: Cluster, work: Workload, workers: int) -> dict[str, Any]:
     hot = 1.0 if alone else busiest(ids, work.batch, workers)
     owner = (0 if alone else unique * (cost.merge + cost.read + cost.read_value * width * work.chunk)) + owned * cost.lookup
     update = owned * cost.update + unique * gradient * cost.update_value
-    # report -> decision -> all -> 3 small all_reduces: agreed, limits, counters
-    coordinator = cost.decide + workers * (cost.report + REPORT_BYTES / cluster.coordinator_bytes_per_s)
+    # reports summed -> the first worker asks the coordinator -> 3 small all_reduces: its answer, limits, counters
+    summed = 0 if alone else all_reduce_seconds(cluster, workers, REPORT_BYTES)
+    coordinator = summed + cost.decide + REPORT_BYTES / cluster.coordinator_bytes_per_s
     rows = sum(wide.rows) / workers
     resize = rows * cost.round_row + (0 if alone else 3 * all_reduce_seconds(cluster, workers, 64))
     terms = {
@@ -306,7 +306,6 @@ def gpu_cluster(costs: Costs = Costs()) -> Cluster:
         update_value=12 / memory,  # gradient read, row read and written
         flop=1 / (0.5 * 67e12),
         round_row=3 * 64 / memory,
-        report=costs.report,
         decide=costs.decide,
         collective=20e-6,
         message=2e-6,
@@ -333,7 +332,7 @@ def check(measured: dict[str, Any]) -> list[dict[str, Any]]:
         workers, batch = run["workers"], run["batch"] // run["workers"]
         work = Workload(train["vocabulary"], batch, run["share"], interval=train["interval"])
         wall = predict(machine, work, workers)
-        alone = predict(replace(machine, cores=math.inf, costs=replace(costs, report=0.0, decide=0.0)), work, workers)
+        alone = predict(replace(machine, cores=math.inf, costs=replace(costs, decide=0.0)), work, workers)
         rows.append({
             "kind": run["kind"],
             "workers": workers,

@@ -39,7 +39,8 @@ from fiited_ray.data.synthetic import CATEGORICAL, DENSE, SyntheticSpec, write_s
 from fiited_ray.exchange import Group, Solo, make_exchange
 from fiited_ray.policy import BINS, RoundState, ShardReport, decide, levels_of
 from fiited_ray.store.layout import dense_row_bytes
-from fiited_ray.train.loop import Worker, hold_round, train_step
+from fiited_ray.train.loop import Worker, train_step
+from fiited_ray.train.rounds import hold_round
 
 GLOBAL, PER_WORKER, TINY = 4096, 512, 8  # rows of a step: strong scaling, weak scaling, and next to none
 WARM, STEPS = 30, 20
@@ -49,7 +50,7 @@ WORKERS = (1, 2, 4, 8)
 MOST_NODES = 4  # raylets; eight workers share four
 BUDGETS = (None, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 64)
 SHARDS = (1, 10, 100, 1000)
-ROUNDS, REPORTERS = 6, 4
+ROUNDS = 15  # of the coordinator
 SMALL, LARGE = 16, 1 << 20  # bytes to each peer, to tell a message's cost from a byte's
 
 
@@ -155,7 +156,7 @@ def _work(rank: int, workers: int, cases: list[tuple[Case, Any]], path: str, ids
     """One worker: its part of every case. Nodes have no more CPUs than workers are wanted on them, so all nodes get theirs."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
-    runs = [measure(case, path, ids, rank, RemoteDecider(actor, rank)) for case, actor in cases]
+    runs = [measure(case, path, ids, rank, RemoteDecider(actor)) for case, actor in cases]
     exchange = measure_exchange() if workers > 1 else None
     dist.destroy_process_group()
     return {"runs": runs, "exchange": exchange, "node": ray.get_runtime_context().get_node_id()}
@@ -180,7 +181,7 @@ def run_on_nodes(cases: list[Case], path: str, ids: int, folder: str) -> dict[st
     workers, meeting = cases[0].workers, f"{folder}/{cases[0].kind}-{cases[0].workers}"
     count = min(workers, MOST_NODES)
     with nodes(count, workers // count):
-        given = [(case, start_coordinator(PolicyConfig(), workers)) for case in cases]
+        given = [(case, start_coordinator(PolicyConfig())) for case in cases]
         results = ray.get([_work.remote(rank, workers, given, path, ids, meeting) for rank in range(workers)])
     assert len({each["node"] for each in results}) == count
     return results[0]
@@ -221,86 +222,57 @@ def print_runs(runs: list[dict[str, Any]]) -> None:
         )
 
 
-@ray.remote(num_cpus=0)
-class Reporter:
-    """Stands for many ranks; what it does is not the coordinator's work."""
-
-    def __init__(self, actor: Any, ranks: range, state: RoundState) -> None:
-        self.actor, self.ranks, self.state = actor, ranks, state
-        self.reports = [simulated_report(rank) for rank in ranks]
-
-    def report(self, number: int) -> int:
-        calls = [self.actor.decide.remote(number, rank, each, self.state) for rank, each in zip(self.ranks, self.reports, strict=True)]
-        return sum(decision is not None for decision in ray.get(calls))
-
-
-class Silent:
-    """An actor that hears as much and does nothing: what Ray takes by itself."""
-
-    async def decide(self, number: int, rank: int, report: ShardReport, state: RoundState) -> bool:
-        return True
-
-
-def simulated_report(rank: int) -> ShardReport:
+def simulated_report(seed: int, ceiling_bytes: int | None) -> ShardReport:
     """A shard with 100,000 rows, importance spread over many octaves."""
-    importance = np.random.default_rng(rank).normal(1000, 150, 100_000).astype(int).clip(0, BINS - 1)
+    importance = np.random.default_rng(seed).normal(1000, 150, 100_000).astype(int).clip(0, BINS - 1)
     rows = np.bincount(importance, minlength=BINS)
-    return ShardReport(np.stack([rows, rows * 90]), 1_000_000)
+    return ShardReport(np.stack([rows, rows * 90]), 1_000_000, ceiling_bytes=ceiling_bytes)
 
 
 def part_coordinator() -> dict[str, Any]:
-    """Seconds of a round, from the first report sent to the last answer, and what the actor's process works for it."""
+    """Seconds from the first worker's call to its answer, and what the actor's process works for it."""
     results = []
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    actor = start_coordinator(PolicyConfig())
     for shards in SHARDS:
-        actor = start_coordinator(PolicyConfig(), shards)
-        wall, cpu = _rounds(actor, shards)
-        decision = statistics.median(each["seconds"] for each in ray.get(actor.telemetry.remote())[1:])
-        ray.kill(actor)
-        silent: Any = ray.remote(Silent).options(num_cpus=0, max_concurrency=max(1000, 2 * shards)).remote()
-        silent_wall, silent_cpu = _rounds(silent, shards)
-        ray.kill(silent)
-        results.append({"shards": shards, "round_s": wall, "decision_s": decision, "actor_cpu_s": cpu})
-        results[-1] |= {"silent_round_s": silent_wall, "silent_actor_cpu_s": silent_cpu, "decide_cpu_s": _decide_seconds(shards)}
-        print(
-            f"{shards:>5} shards: round {wall:.4f} s, decision {decision:.4f} s, actor's CPU {cpu:.4f} s; "
-            f"an actor that does nothing: round {silent_wall:.4f} s, CPU {silent_cpu:.4f} s; "
-            f"the decision by itself: CPU {results[-1]['decide_cpu_s']:.4f} s",
-            flush=True,
-        )
+        kinds = [simulated_report(seed, None) for seed in range(8)]
+        histogram = sum(kinds[shard % 8].histogram for shard in range(shards))
+        together = [ShardReport(histogram, shards * 1_000_000, shards=shards)]
+        one_by_one = [simulated_report(shard % 8, 20_000_000) for shard in range(shards)]
+        result: dict[str, Any] = {"shards": shards}
+        for kind, reports in (("sum", together), ("each", one_by_one)):
+            wall, cpu = _rounds(actor, reports, _state(shards))
+            alone = _decide_seconds(reports, _state(shards))
+            result |= {f"{kind}_round_s": wall, f"{kind}_actor_cpu_s": cpu, f"{kind}_decide_cpu_s": alone}
+        results.append(result)
+        print("  ".join(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
     ray.shutdown()
-    return {"reporters": REPORTERS, "rounds": results}
+    return {"rounds": results}
 
 
 def _state(shards: int) -> RoundState:
     return RoundState(shards * 10_000_000, 1e-3, levels_of(2.0, 4), (0, 58, 90, 122, 154))
 
 
-def _decide_seconds(shards: int) -> float:
+def _decide_seconds(reports: list[ShardReport], state: RoundState) -> float:
     """CPU seconds of the pure decision, no actor around it."""
-    reports = [simulated_report(rank % 8) for rank in range(shards)]
     seconds = []
-    for _ in range(5):
+    for _ in range(ROUNDS):
         start = time.process_time()
-        decide(reports, _state(shards), PolicyConfig())
+        decide(reports, state, PolicyConfig())
         seconds.append(time.process_time() - start)
     return statistics.median(seconds)
 
 
-def _rounds(actor: Any, shards: int) -> tuple[float, float]:
+def _rounds(actor: Any, reports: list[ShardReport], state: RoundState) -> tuple[float, float]:
     """Median seconds of a round, and of the actor's process in it."""
-    state = _state(shards)
-    count = min(REPORTERS, shards)
-    reporters = [Reporter.remote(actor, range(at * shards // count, (at + 1) * shards // count), state) for at in range(count)]
+    decider = RemoteDecider(actor)
     walls, cpus = [], []
-    for number in range(ROUNDS + 1):  # the first one connects
+    for step in range(ROUNDS + 1):  # the first one connects
         cpu, start = ray.get(actor.__ray_call__.remote(_process_time)), time.perf_counter()
-        answered = sum(ray.get([reporter.report.remote(number) for reporter in reporters]))
+        assert decider.decide(step, reports, state) is not None
         walls.append(time.perf_counter() - start)
         cpus.append(ray.get(actor.__ray_call__.remote(_process_time)) - cpu)
-        assert answered == shards
-    for reporter in reporters:
-        ray.kill(reporter)
     return statistics.median(walls[1:]), statistics.median(cpus[1:])
 
 

@@ -67,9 +67,7 @@ def with_constants(results: dict[str, Any]) -> dict[str, Any]:
         if more:
             constants["group"] = max(0.0, float(statistics.median(more)))
     if "coordinator" in results:
-        rounds = results["coordinator"]["rounds"]
-        constants["decide"] = rounds[0]["actor_cpu_s"]
-        constants["report"] = (rounds[-1]["actor_cpu_s"] - rounds[0]["actor_cpu_s"]) / (rounds[-1]["shards"] - rounds[0]["shards"])
+        constants["decide"] = statistics.median(each["sum_actor_cpu_s"] for each in results["coordinator"]["rounds"])
     assert set(constants) <= {each.name for each in dataclasses.fields(Costs)}
     return results | {"constants": constants}
 

@@ -107,7 +107,7 @@ class Rounds:
         report = ShardReport(histogram, self.fixed_bytes, admitted_bytes, refused, None)
         gaps = step - self._schedule.last_step, self._schedule.shortest_gap
         state = RoundState(self.spec.limit_bytes, self.threshold, self.spec.levels, self.row_bytes, *gaps)
-        decision = self._decider.decide(step, report, state)
+        decision = self._decider.decide(step, [report], state)
         self._schedule.held(step)
         if decision is None or decision.skipped:
             return False

@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 
 from fiited_ray.allocator import keep_freed_memory
 from fiited_ray.config import Config, DataConfig, ModelConfig, PolicyConfig, TrackingConfig, TrainConfig
-from fiited_ray.coordinator import GroupDecider
+from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import Batch
 from fiited_ray.exchange import make_exchange
 from fiited_ray.train.loop import Worker, train
@@ -72,7 +72,7 @@ def work(rank: int, arguments: argparse.Namespace, folder: str) -> None:
     keep_freed_memory()
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=arguments.workers)
     config = config_of(arguments.batch, arguments.workers)
-    worker = Worker(config, arguments.budget, make_exchange(), GroupDecider(config.policy))
+    worker = Worker(config, arguments.budget, make_exchange(), LocalDecider(config.policy))
     notes = Path(folder) / f"{rank}.json"
     started = {"rss": resident(None), "pid": 0}
 

@@ -105,7 +105,7 @@ class Ours:
             if step % 10 == 0:
                 stats = self.shard.stats()
                 report = ShardReport(self.shard.histogram().numpy(), stats.fixed, stats.admitted_bytes, stats.refused, None)
-                decision = decider.decide(step, report, RoundState(self.budget, threshold, self.spec.levels, row_bytes, 10, 10))
+                decision = decider.decide(step, [report], RoundState(self.budget, threshold, self.spec.levels, row_bytes, 10, 10))
                 if decision and not decision.skipped:
                     self.shard.resize(decision.thresholds[0])
                     threshold = decision.threshold

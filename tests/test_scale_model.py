@@ -70,10 +70,10 @@ def test_without_a_budget_every_key_travels_at_full_width() -> None:
     assert result["wire_bytes_per_sample"] == pytest.approx(keys * (16 + 1 + 2 * 4 * WORK.dim))
 
 
-def test_more_workers_hold_fewer_rows_each_and_wait_longer_for_the_coordinator() -> None:
+def test_more_workers_hold_fewer_rows_each_and_wait_longer_for_the_sum_of_their_reports() -> None:
     few, many = (model.predict(CLUSTERS[1], WORK, workers) for workers in (8, 64))
     assert many["rows_per_worker"] == pytest.approx(few["rows_per_worker"] / 8)
-    assert many["coordinator"] > few["coordinator"]
+    assert few["coordinator"] < many["coordinator"] < 2 * few["coordinator"]
 
 
 def test_too_few_workers_are_told_how_many_would_do() -> None:

@@ -1,4 +1,4 @@
-"""One round's decision: reports of all shards in, a threshold for each shard out; and how the bytes that are left are dealt."""
+"""One round's decision: what all shards report in, a threshold out; and how the bytes that are left are dealt."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _AHEAD = 1.5  # times the bytes asked for since the last round, over as many ste
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a shard tells the coordinator: 32 KiB and a few numbers, however many rows it has.
+    """What the coordinator hears of one shard, or of several without ceilings together: 32 KiB and a few numbers, however many rows.
 
     Raises:
-        ValueError: for a histogram of another shape or dtype.
+        ValueError: for a histogram of another shape or dtype, or a ceiling for more than one shard.
     """
 
     histogram: np.ndarray  # int64 [2, 2048]: rows, and the bytes they hold, by importance bin
@@ -28,15 +28,13 @@ class ShardReport:
     admitted_bytes: int = 0  # of rows let in since the last round
     refused: int = 0  # times a row was turned away for want of room since then
     ceiling_bytes: int | None = None  # this worker's own memory
+    shards: int = 1  # whose numbers have been added
 
     def __post_init__(self) -> None:
         if self.histogram.shape != (2, BINS) or self.histogram.dtype != np.int64:
             raise ValueError(f"histogram: int64 [2, {BINS}] is wanted, not {self.histogram.dtype} {list(self.histogram.shape)}")
-
-    def same_as(self, other: ShardReport) -> bool:
-        """Whether both say the same."""
-        mine, theirs = ({name: value for name, value in vars(each).items() if name != "histogram"} for each in (self, other))
-        return mine == theirs and np.array_equal(self.histogram, other.histogram)
+        if self.ceiling_bytes is not None and self.shards != 1:
+            raise ValueError(f"ceiling_bytes: a ceiling is one shard's own, and this report is of {self.shards}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Decision:
     """What is to be done; `skipped` when it would change too little to be worth it."""
 
     threshold: float  # global
-    thresholds: tuple[float, ...]  # by shard; above the global one where a shard's own memory is short
+    thresholds: tuple[float, ...]  # by report; above the global one where a shard's own memory is short
     planned_bytes: int  # of all shards once rows are resized, fixed parts included
     changed_bytes: int  # given back or newly taken by rows, at least
     skipped: bool
@@ -65,7 +63,7 @@ class Decision:
 def decide(reports: Sequence[ShardReport], state: RoundState, policy: PolicyConfig) -> Decision:
     """Find the global threshold at which all shards together meet the budget, less some headroom for rows to come.
 
-    The number of shards does not matter: histograms add, and the threshold follows from the sum.
+    Histograms add, and the threshold follows from the sum: it is the same whether shards report one by one or together.
 
     Raises:
         ConfigError: when the budget or a shard's ceiling does not hold what is needed with no row and one narrow row for each shard.
@@ -79,7 +77,7 @@ def decide(reports: Sequence[ShardReport], state: RoundState, policy: PolicyConf
     for report, own in zip(reports, thresholds, strict=True):
         alike.setdefault(own, []).append(report)
     planned, changed = fixed, 0
-    for own, group in alike.items():  # summed first: a thousand shards then cost little more than one
+    for own, group in alike.items():
         together = _summed(group)
         planned += int(planned_bytes(together[0], own, state.levels, state.row_bytes))
         changed += _changed_bytes(together, own, state)
@@ -90,20 +88,21 @@ def decide(reports: Sequence[ShardReport], state: RoundState, policy: PolicyConf
     return Decision(threshold, thresholds, planned, changed, skipped=settled and not urgent)
 
 
-def smallest_budget(fixed_bytes: Sequence[int], row_bytes: Sequence[int]) -> int:
-    """Bytes below which shards with these fixed parts cannot hold one narrow row each."""
-    return sum(fixed_bytes) + len(fixed_bytes) * row_bytes[1]
+def smallest_budget(fixed_bytes: int, shards: int, row_bytes: Sequence[int]) -> int:
+    """Bytes below which shards, with so much fixed in all, cannot hold one narrow row each."""
+    return fixed_bytes + shards * row_bytes[1]
 
 
 def _check_room(reports: Sequence[ShardReport], state: RoundState) -> None:
-    least = smallest_budget([report.fixed_bytes for report in reports], state.row_bytes)
+    shards = sum(report.shards for report in reports)
+    least = smallest_budget(sum(report.fixed_bytes for report in reports), shards, state.row_bytes)
     if state.budget_bytes is not None and state.budget_bytes < least:
         raise ConfigError(
-            f"budget: {state.budget_bytes:,} bytes do not hold the fixed parts of {len(reports)} shards and one narrow row each; "
+            f"budget: {state.budget_bytes:,} bytes do not hold the fixed parts of {shards} shards and one narrow row each; "
             f"the smallest possible budget is {least:,} bytes"
         )
     for rank, report in enumerate(reports):
-        least = smallest_budget([report.fixed_bytes], state.row_bytes)
+        least = smallest_budget(report.fixed_bytes, 1, state.row_bytes)
         if report.ceiling_bytes is not None and report.ceiling_bytes < least:
             raise ConfigError(
                 f"policy.max_shard_bytes: {report.ceiling_bytes:,} bytes, but shard {rank} needs {least:,} at least; raise it"

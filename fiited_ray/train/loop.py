@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import record_function
 
 from fiited_ray.ahead import ahead
@@ -25,14 +25,15 @@ from fiited_ray.data.batch import Batch
 from fiited_ray.embedding import PhaseTimes, Route
 from fiited_ray.exchange import Exchange
 from fiited_ray.fixed_rows import make_embedding
-from fiited_ray.methods import fixes_rows, shares_rows
+from fiited_ray.methods import shares_rows
 from fiited_ray.models import build_model
-from fiited_ray.policy import Decision, RoundSchedule, RoundState, ShardReport, shard_limit
+from fiited_ray.policy import RoundSchedule
 from fiited_ray.store import ShardSpec, VhpiShard
 from fiited_ray.train.guards import SkippedSteps, check_store, learn_dense, usable
 from fiited_ray.train.joined import joined
 from fiited_ray.train.metrics import BinaryMetrics
 from fiited_ray.train.report import History, StoreTotals
+from fiited_ray.train.rounds import hold_round
 
 Batches = Callable[[], Iterable[Batch]]  # opens the data, from the worker's position on where it is training data
 Item = TypeVar("Item")
@@ -126,6 +127,11 @@ class Worker:
         ahead_ = self.exchange_ahead.bytes_sent if self.exchange_ahead is not self.exchange else 0
         return self.exchange.bytes_sent + ahead_
 
+    def log(self, values: Mapping[str, float]) -> None:
+        """Send metrics of this step on, where this worker is the one that does."""
+        if self.writer is not None:
+            self.writer.metrics(self.step, values)
+
 
 def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: Saver | None = None) -> dict[str, float]:
     """Train for the configured epochs or steps, from the worker's position on; returns the final metrics, the same on every worker."""
@@ -145,12 +151,12 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: 
                 worker.training_seconds += time.perf_counter() - clock
                 if config.train.eval_every and worker.step % config.train.eval_every == 0:
                     scores = _scores(worker, test)
-                    _log(worker, scores)
+                    worker.log(scores)
                     worker.scored(worker.history.last | scores)
                 clock = time.perf_counter()
                 worker.position = Position(epoch, worker.position.batch + 1)
                 if saver and (values := saver.after_step()) is not None:
-                    _log(worker, values)
+                    worker.log(values)
                 worker.beat()
                 if worker.embedding.stop_agreed:
                     raise Stopped(f"stopped after step {worker.step:,}")
@@ -164,7 +170,7 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: 
     results |= {f"time_of_run/{phase}": seconds for phase, seconds in worker.history.seconds.items()}
     results["run/workers"] = float(worker.exchange.workers)
     results["speed/samples_per_s_of_run"] = worker.samples / worker.training_seconds
-    _log(worker, results)
+    worker.log(results)
     return worker.history.last | results
 
 
@@ -203,71 +209,6 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
         worker.progressive.update(scores_B, batch.labels)
     worker.losses.append(loss_sum / max(1, route.rows))
     worker.samples += route.rows
-
-
-def fit_budget(worker: Worker) -> None:
-    """Hold a round if rows that were loaded pass the budget or a worker's own ceiling: of more workers, or a smaller budget."""
-    ceiling, planned = worker.config.policy.max_shard_bytes, worker.shard.stats().planned
-    over = int(ceiling is not None and planned > ceiling)
-    total, over_ceiling = worker.exchange.all_reduce(torch.tensor([planned, over])).tolist()
-    if over_ceiling or (worker.budget_bytes is not None and total > worker.budget_bytes):
-        hold_round(worker, needed=True)
-
-
-def hold_round(worker: Worker, needed: bool = False) -> None:
-    """Report to the coordinator and resize by its decision; without one on every worker, the round is skipped.
-
-    Args:
-        needed: resize even where the decision would move too little to be worth it.
-    """
-    shard = worker.shard
-    stats = shard.stats()
-    report_ = ShardReport(shard.histogram().numpy(), stats.fixed, stats.admitted_bytes, stats.refused, worker.config.policy.max_shard_bytes)
-    _, row_bytes = worker.spec.plan()
-    state = RoundState(
-        None if fixes_rows(worker.config) else worker.budget_bytes,  # what was fixed to fit is not cut
-        worker.threshold,
-        worker.spec.levels,
-        row_bytes,
-        worker.step - worker.schedule.last_step,
-        worker.schedule.shortest_gap,
-    )
-    decision = worker.decider.decide(worker.step, report_, state)
-    agreed = worker.exchange.all_reduce(torch.tensor([1.0 if decision is not None else 0.0]))
-    worker.schedule.held(worker.step)
-    if decision is None or int(agreed) < worker.exchange.workers:
-        return
-    if needed or not decision.skipped:
-        _resize(worker, decision)
-    after = shard.stats()
-    moved = worker.exchange.all_reduce(
-        torch.tensor([after.admitted, after.refused, after.resized, after.evicted], dtype=torch.int64)
-    ).tolist()
-    shard.reset_round_counters()
-    names = ("policy/admitted", "policy/refused", "policy/resized", "policy/evicted")
-    values: dict[str, float] = dict(zip(names, map(float, moved), strict=True))
-    values |= {
-        "policy/threshold": decision.threshold,
-        "policy/round_bytes_changed": 0.0 if decision.skipped else float(decision.changed_bytes),
-    }
-    _log(worker, values)
-    worker.history.importance = (
-        decision.threshold,
-        report_.histogram[0] if worker.exchange.workers == 1 else _summed(worker, report_.histogram[0]),
-    )
-
-
-def _resize(worker: Worker, decision: Decision) -> None:
-    """Shrink everywhere, deal the bytes anew, then grow: the shards together stay below the budget at every moment."""
-    shard, ceiling = worker.shard, worker.config.policy.max_shard_bytes
-    growth = shard.shrink(decision.thresholds[worker.exchange.rank])
-    held = shard.stats().planned
-    held_by_all, growth_by_all = worker.exchange.all_reduce(torch.tensor([held, growth])).tolist()  # all have shrunk
-    if worker.budget_bytes is not None:
-        workers = worker.exchange.workers
-        shard.set_limit(shard_limit(worker.budget_bytes, held, held_by_all, workers, ceiling, growth, growth_by_all))
-    shard.grow()
-    worker.threshold = decision.threshold
 
 
 def evaluate(worker: Worker, batches: Iterable[Batch]) -> dict[str, float]:
@@ -319,7 +260,7 @@ def report(worker: Worker) -> dict[str, float]:
     worker.last_totals, worker.last_lookups = totals, (totals.lookups, totals.hits)
     worker.window_start = (now, worker.samples, sent)
     worker.window.reset()
-    _log(worker, values)
+    worker.log(values)
     _tell(
         worker,
         f"step {worker.step}: loss {values['train/loss']:.4f}, AUC {values['train/auc']:.4f}, "
@@ -385,13 +326,3 @@ def dense_optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> torch
 
 def _shared(worker: Worker, metrics: BinaryMetrics) -> dict[str, float]:
     return BinaryMetrics.from_state(worker.exchange.all_reduce(metrics.state()))
-
-
-def _summed(worker: Worker, rows: Any) -> Any:
-    total: Tensor = worker.exchange.all_reduce(torch.from_numpy(rows))
-    return total.numpy()
-
-
-def _log(worker: Worker, values: Mapping[str, float]) -> None:
-    if worker.writer is not None:
-        worker.writer.metrics(worker.step, values)

@@ -13,7 +13,8 @@ from ray.train.v2._internal.exceptions import CheckpointManagerInitializationErr
 from fiited_ray.checkpoint import CheckpointError, Folder, Saved, check_compatible, newest, open_checkpoint, restore, sweep
 from fiited_ray.config import CheckpointConfig, Config
 from fiited_ray.data.files import Files
-from fiited_ray.train.loop import Worker, fit_budget
+from fiited_ray.train.loop import Worker
+from fiited_ray.train.rounds import fit_budget
 
 _LONGEST_NAME = 128
 _log = logging.getLogger(__name__)

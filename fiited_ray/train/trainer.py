@@ -86,7 +86,7 @@ def run(
     if before:
         progress(f"goes on from {before.folder.path}, step {before.step:,}")
     lineage = before.run if before else run_ref.run_id
-    coordinator = start_coordinator(config.policy, workers)
+    coordinator = start_coordinator(config.policy)
     datasets: dict[str, Any] = {}
     if config.data.reader == "ray":
         datasets["train"] = ray_dataset(plan.files, config.data, config.data.max_rows)

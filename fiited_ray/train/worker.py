@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from fiited_ray import checkpoint
 from fiited_ray.allocator import keep_freed_memory
-from fiited_ray.coordinator import RemoteDecider
+from fiited_ray.coordinator import WAIT_SECONDS, RemoteDecider
 from fiited_ray.data import parquet_batches, ray_batches
 from fiited_ray.data.files import Files
 from fiited_ray.exchange import make_exchange
@@ -46,8 +45,7 @@ def work(setup: dict[str, Any]) -> None:
     writer = _writer(setup["run"], config.tracking.patience_seconds, journal) if rank == 0 else None
     tell = (lambda text: setup["coordinator"].tell.remote(text)) if rank == 0 else (lambda text: None)
     exchange = make_exchange(config.train.timeout_seconds)
-    attempt = int(exchange.all_reduce(torch.tensor([time.time_ns() // 1_000_000 if rank == 0 else 0]))[0])
-    decider = RemoteDecider(setup["coordinator"], rank, attempt=attempt, workers=workers)
+    decider = RemoteDecider(setup["coordinator"], min(WAIT_SECONDS, config.train.timeout_seconds / 2))  # the others wait for its word
     worker = Worker(config, plan.budget_bytes, exchange, decider, writer, tell, distinct_ids=plan.distinct_ids)
     worker.scored = lambda values: ray.train.report({**values, "step": worker.step})
 

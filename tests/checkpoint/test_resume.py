@@ -10,7 +10,8 @@ from small_runs import BATCHES, BUDGET, batches, config, differences, folders, o
 
 from fiited_ray.checkpoint import Folder, FolderPublisher, Saver, open_checkpoint, restore
 from fiited_ray.config import ConfigError
-from fiited_ray.train.loop import fit_budget, train
+from fiited_ray.train.loop import train
+from fiited_ray.train.rounds import fit_budget
 
 TIMED = ("time/", "time_of_run/", "ahead/", "speed/", "checkpoint/stopped_s")
 

@@ -202,7 +202,7 @@ def test_a_ceiling_is_kept_with_and_without_a_budget_and_then_left_at_rest(budge
 
 def test_a_budget_that_holds_no_row_is_refused_and_the_smallest_one_named() -> None:
     reports = [ShardReport(histogram(draw(12, 1000)), fixed) for fixed in (50_000, 60_000)]
-    least = smallest_budget([50_000, 60_000], ROW_BYTES)
+    least = smallest_budget(110_000, 2, ROW_BYTES)
     assert least == 110_000 + 2 * 59
     with pytest.raises(ConfigError, match=r"109,000 bytes .* smallest possible budget is 110,118 bytes"):
         decide(reports, state(109_000), PolicyConfig())

@@ -68,7 +68,7 @@ def test_a_hundredth_of_the_budget_keeps_the_rows_an_exact_counter_must_keep() -
         stats = shard.stats()
         if step % 5 == 0:
             report = ShardReport(shard.histogram().numpy(), stats.fixed, stats.admitted_bytes, stats.refused)
-            decision = decider.decide(step, report, RoundState(spec.limit_bytes, threshold, spec.levels, spec.plan()[1], 5, 5))
+            decision = decider.decide(step, [report], RoundState(spec.limit_bytes, threshold, spec.levels, spec.plan()[1], 5, 5))
             if decision and not decision.skipped:
                 threshold = decision.threshold
                 shard.resize(threshold)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fiited_ray.config import Config
-from fiited_ray.coordinator import GroupDecider
+from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import check_files, parquet_batches
 from fiited_ray.exchange import make_exchange
 from fiited_ray.train.loop import Worker, train
@@ -38,7 +38,7 @@ def _work(rank: int, tasks: list[tuple[Config, int | None]], workers: int, folde
 
 
 def _train(rank: int, config: Config, budget_bytes: int | None, workers: int) -> dict[str, Any]:
-    worker = Worker(config, budget_bytes, make_exchange(), GroupDecider(config.policy))
+    worker = Worker(config, budget_bytes, make_exchange(), LocalDecider(config.policy))
     files = check_files(config.data.train, config.data)
     size = config.train.batch_size
     totals: list[int] = []

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fiited_ray.config import Config, DataConfig, ModelConfig, PolicyConfig, TrackingConfig, TrainConfig
-from fiited_ray.coordinator import GroupDecider, LocalDecider
+from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import Batch, DataError
 from fiited_ray.exchange import Solo, make_exchange
 from fiited_ray.train.loop import Worker, train
@@ -109,7 +109,7 @@ def test_the_thread_ends_when_a_step_fails() -> None:
 def _work(rank: int, broken: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    worker = Worker(config(1, 2), BUDGET, make_exchange(), GroupDecider(config(1, 2).policy))
+    worker = Worker(config(1, 2), BUDGET, make_exchange(), LocalDecider(config(1, 2).policy))
     try:
         train(worker, lambda: batches(rank, broken=broken if rank == 1 else None))
     except Exception as error:
