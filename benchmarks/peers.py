@@ -83,7 +83,9 @@ class Peer:
         """The tables' part of the step, where it is not fused with the backward."""
 
     def step(self, batch: Batch) -> None:
-        logits = self.dense(batch.dense, self.vectors(batch))
+        vectors = self.vectors(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.model.precision == "bfloat16"):
+            logits = self.dense(batch.dense, vectors).float()
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -240,6 +240,8 @@ class ModelConfig:
     top: tuple[int, ...] = (256, 128)  # hidden widths of the tower that gives the logit
     cross_layers: int = 3  # DCN-v2
     cross_rank: int = 64  # DCN-v2: rank of each cross layer's weight
+    # of matrix products while training; parameters, their gradients and optimizer, losses and all scoring are float32
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         _require(all(width > 0 for width in (*self.bottom, *self.top)), "model: layer widths must be above 0", (self.bottom, self.top))

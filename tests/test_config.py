@@ -430,7 +430,7 @@ def full_config() -> Config:
         output="elsewhere",
         embedding=EmbeddingConfig(64, 16, "sum", "adam", 0.1, 1e-8, (0.8, 0.99), "bfloat16", 0.02, 0.001, {"user": 9}, {"user": 3}, 5),
         policy=PolicyConfig(5.0, "norm", 1.5, 0.99, 50, 5, 0.02, 0.1, 0.03, 10**9),
-        model=ModelConfig("dcnv2", (32,), (16,), 2, 8),
+        model=ModelConfig("dcnv2", (32,), (16,), 2, 8, "bfloat16"),
         train=TrainConfig((1, 3), 2, True, 512, 1, 100, "sgd", 0.01, 10, True, 1, True, "skip", 5.0, 50.0, 7.0, 8.0),
         checkpoint=CheckpointConfig(7, 3, 4, "always", 5, 2**21),
         tracking=TrackingConfig("sqlite:///other.db", "other", 5, 0.0, False, 9.0),

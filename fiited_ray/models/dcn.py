@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fiited_ray.models.towers import Tower
+from fiited_ray.models.towers import Tower, tower
 
 
 class CrossLayer(nn.Module):
@@ -20,7 +20,8 @@ class CrossLayer(nn.Module):
         self.u = nn.Linear(rank, width)
 
     def forward(self, first: Tensor, x: Tensor) -> Tensor:
-        return first * cast(Tensor, self.u(self.v(x))) + x
+        narrow = tower(x, [self.v.weight, None], last_relu=False)
+        return first * tower(narrow, [self.u.weight, self.u.bias], last_relu=False) + x
 
 
 class DCNv2(nn.Module):

@@ -26,5 +26,5 @@ class DLRM(nn.Module):
 
     def forward(self, dense_BC: Tensor, vectors_BFD: Tensor) -> Tensor:
         """Logits [B]."""
-        below_BD = None if self.bottom is None else self.bottom(dense_BC)
+        below_BD = None if self.bottom is None else self.bottom(dense_BC).to(vectors_BFD.dtype)
         return cast(Tensor, self.top(interact(below_BD, vectors_BFD, self.columns)).flatten())

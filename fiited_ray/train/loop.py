@@ -188,7 +188,8 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
             route = worker.embedding.route(batch)
     vectors_BFD = worker.embedding(batch, route)
     with worker.times.phase("model"):
-        logits_B = worker.dense(batch.dense, vectors_BFD)
+        with torch.autocast(worker.device.type, torch.bfloat16, enabled=worker.config.model.precision == "bfloat16"):
+            logits_B = worker.dense(batch.dense, vectors_BFD).float()
         scores_B = logits_B.detach()
         # The one number of a step that the host waits for.
         loss_sum = float(nn.functional.binary_cross_entropy_with_logits(scores_B, batch.labels, reduction="sum"))

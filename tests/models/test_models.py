@@ -72,6 +72,39 @@ def test_a_float32_tower_and_its_gradients_are_those_of_float64(last_relu: bool,
         torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_the_last_layer_of_a_tower_may_have_no_bias() -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (6, 5), (6,), (3, 6))]
+    rounded = [each.detach().float().requires_grad_() for each in exact]
+    found = []
+    for x, *parameters in (rounded, exact):
+        out = tower(x, [*parameters, None], last_relu=False)
+        out.sum().backward()
+        found.append([out, *(each.grad for each in (x, *parameters))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
+def test_in_bfloat16_logits_and_gradients_are_as_near_as_its_numbers_and_logits_are_float32(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = build_model(config, 3, 2, 4)
+    dense, vectors, grad = torch.randn(50, 3), torch.randn(50, 2, 4, requires_grad=True), torch.randn(50)
+    found = []
+    for bfloat16 in (True, False):
+        model.zero_grad()
+        vectors.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits = model(dense, vectors)
+        logits.backward(grad)
+        found.append([logits, vectors.grad, *(each.grad.clone() for each in model.parameters())])
+    assert not torch.equal(found[0][0], found[1][0])
+    assert not torch.equal(found[0][0], found[0][0].bfloat16().float())
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
 def test_a_tower_passes_on_what_is_not_a_number() -> None:
     x = torch.tensor([[1.0, torch.nan], [1.0, 2.0]])
     out = tower(x, [torch.ones(3, 2), torch.zeros(3)], last_relu=True)
