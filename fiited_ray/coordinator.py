@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from fiited_ray.policy import Decision, RoundState, ShardReport, decide
 
 WAIT_SECONDS = 60.0  # for an answer; then the round is skipped
 _TELEMETRY = 1000
+_log = logging.getLogger(__name__)
 
 
 class Decider(Protocol):
@@ -105,6 +107,7 @@ class RemoteDecider:
             answer: Decision = ray.get(self.actor.decide.remote(step, reports, state), timeout=self.wait_seconds)
         except RayTaskError:
             raise
-        except RayError:  # the actor is dead, restarting or out of reach, or the answer takes too long
+        except RayError as error:  # the actor is dead, restarting or out of reach, or the answer takes too long
+            _log.warning("step %d: no decision from the coordinator, the round is skipped: %s", step, error or type(error).__name__)
             return None
         return answer

@@ -24,10 +24,10 @@ from fiited_ray.data.batch import Batch
 from fiited_ray.exchange import Exchange, splits
 from fiited_ray.policy import shard_limit
 from fiited_ray.store import ops
-from fiited_ray.store.shard import ALL_KEYS, Lookup, VhpiShard
+from fiited_ray.store.shard import ALL_KEYS, Lookup, ShardStats, VhpiShard
 
 _MORE = 1.5  # a step may ask for this much more than the last one did
-_LONGEST_GRADIENT = 1e12  # of a bag: the squares of sums of many such are still finite
+LONGEST_GRADIENT = 1e12  # that is learned from: the squares of sums of many such are still finite
 _SPARE_ROWS = 64  # room for shards where more than the even part of the rows asks
 
 
@@ -205,10 +205,20 @@ class ShardedEmbedding(nn.Module):
         """Bags whose gradient was not finite, of this worker's."""
         return int(self._skipped_bags)
 
+    @skipped_bags.setter
+    def skipped_bags(self, bags: int) -> None:
+        self._skipped_bags.fill_(bags)
+
     @property
     def crowded(self) -> bool:
         """Whether rows have been turned away for want of room since the last round, as all workers knew at the last step."""
         return self.totals is not None and self.totals.refused > 0
+
+    def stats(self) -> ShardStats:
+        """The shard's numbers; their peak, which the shard then forgets, is noted."""
+        stats = self.shard.stats()
+        self.note_peak(stats.peak)
+        return stats
 
     def take_peak(self) -> int:
         """Most bytes this worker's shard has taken since the last call."""
@@ -217,7 +227,7 @@ class ShardedEmbedding(nn.Module):
 
     def peak(self) -> int:
         """Most bytes this worker's shard has taken since `take_peak`, which goes on from there."""
-        self.note_peak(self.shard.stats().peak)
+        self.stats()
         return self._peak_bytes
 
     def note_peak(self, peak_bytes: int) -> None:
@@ -243,8 +253,7 @@ class ShardedEmbedding(nn.Module):
         This belongs to the step and not to its route: limits follow from what the last step and the last round have left.
         """
         self.step += 1
-        stats = self.shard.stats()
-        self._peak_bytes = max(self._peak_bytes, stats.peak)
+        stats = self.stats()
         mine = torch.tensor([stats.planned, stats.refused, stats.asked_bytes, int(self.stop_asked)])
         *numbers, stops = self.exchange.all_reduce(mine).tolist()
         totals, self.stop_agreed = StepTotals(*numbers), stops > 0
@@ -281,7 +290,7 @@ class ShardedEmbedding(nn.Module):
         spec, route = self.shard.spec, reading.route
         grad_pooled = grad_pooled.contiguous()
         if self.skip_not_finite:  # in place: no other part of a model is handed this gradient
-            self._skipped_bags = self._skipped_bags.to(grad_pooled.device) + ops.clear_odd(grad_pooled, _LONGEST_GRADIENT)
+            self._skipped_bags = self._skipped_bags.to(grad_pooled.device) + ops.clear_odd(grad_pooled, LONGEST_GRADIENT)
         if self.exchange.workers == 1:
             with self.times.phase("update"):
                 norms = self._lookup_norms(grad_pooled, reading)

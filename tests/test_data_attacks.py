@@ -19,7 +19,8 @@ from fiited_ray.data.collate import NULL_ID
 from fiited_ray.exchange import Solo
 from fiited_ray.store.ops import ops
 from fiited_ray.store.reference import key_of, mix64
-from fiited_ray.train.loop import Worker, train, train_step
+from fiited_ray.train.guards import learn_dense
+from fiited_ray.train.loop import Worker, dense_optimizer, train, train_step
 
 MASK = 2**64 - 1
 EDGES = [
@@ -232,6 +233,43 @@ def test_rows_that_were_left_out_are_in_the_metrics_of_a_run() -> None:
     worker = make_worker()
     assert train(worker, lambda: batches)["data/skipped_rows"] == 7
     assert worker.history.values["data/skipped_rows"].tolist() == [0, 3, 7]
+
+
+def test_rows_that_were_left_out_of_the_test_set_are_in_its_metrics() -> None:
+    worker = make_worker()
+    scored = [dataclasses.replace(batch([1, 2], [3, 4]), skipped=skipped) for skipped in (2, 0, 5)]
+    metrics = train(worker, lambda: [batch([1, 2], [3, 4])], lambda: scored)
+    assert (metrics["eval/skipped_rows"], metrics["data/skipped_rows"]) == (7, 0)
+
+
+def test_a_batch_without_rows_has_no_loss_that_would_look_like_a_good_one() -> None:
+    worker = make_worker()
+    nothing = Batch(torch.zeros(0, 1), torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), skipped=2)
+    train(worker, lambda: [batch([1, 2], [3, 4]), nothing, batch([1, 2], [3, 4])])
+    assert np.isnan(worker.losses).tolist() == [False, True, False]
+    assert worker.history.values["data/skipped_rows"].tolist() == [0, 2, 2]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+@pytest.mark.parametrize("not_finite", ["skip", "error"])
+def test_a_dense_gradient_whose_square_is_infinite_is_not_learned_from(optimizer: str, not_finite: str) -> None:
+    worker = make_worker(not_finite=not_finite)
+    worker.optimizer = dense_optimizer(
+        dataclasses.replace(worker.config, train=dataclasses.replace(worker.config.train, optimizer=optimizer)),  # type: ignore[arg-type]
+        [worker.parameters],
+    )
+    train_step(worker, batch([1, 2], [3, 4]))
+    before = worker.parameters.detach().clone()
+    worker.gradient[3] = 1e25
+    if not_finite == "error":
+        with pytest.raises(ValueError, match=r"step 1: the dense parameters' gradient reaches 1e\+25; 1e\+12 can be learned from"):
+            learn_dense(worker)
+    else:
+        learn_dense(worker)
+        assert worker.skipped.steps == 1
+    assert torch.equal(worker.parameters.detach(), before)
+    state = next(iter(worker.optimizer.state.values()))
+    assert all(bool(each.isfinite().all()) for each in state.values())
 
 
 def test_a_batch_of_bad_rows_alone_is_an_empty_one() -> None:

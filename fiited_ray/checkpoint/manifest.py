@@ -15,7 +15,7 @@ import jsonschema
 import jsonschema.validators
 
 FORMAT = "fiited-ray-checkpoint"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 _LONGEST_TEXT = 16 << 20  # bytes of a manifest or part
 
@@ -63,6 +63,7 @@ MANIFEST_SCHEMA = _object(
                 "totals": {"anyOf": [{"type": "null"}, _array(_COUNT, 3, 3)]},
                 "window": _object({"seconds": {"type": "number", "minimum": 0}, "samples": _COUNT}),
                 "last_lookups": _array(_COUNT, 2, 2),  # lookups and hits at the last report
+                "skipped_steps": _array(_COUNT, 2, 2),  # in all, and of late in a row
             }
         ),
     }

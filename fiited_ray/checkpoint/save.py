@@ -85,6 +85,7 @@ class Saver:
         self._data_rows = data_rows
         self._base: tuple[str, str] | None = None  # the last checkpoint
         self._since_whole = 0
+        self._last_step = -1
         self._writing: threading.Event | None = None  # set when it is over
         self.bytes_written = 0  # by this worker, of the last checkpoint that is complete
 
@@ -94,7 +95,9 @@ class Saver:
         return self.save() if every is not None and self.worker.step % every == 0 else None
 
     def save(self, finished: bool = False, metrics: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Take a checkpoint: whole when it is the first, the last or its turn, of what changed otherwise. All workers call this.
+        """Take a checkpoint: whole when it is the first, the last, the second of its step or its turn, of what changed otherwise.
+
+        All workers call this.
 
         Returns:
             the seconds that training stood still, and rows and bytes that were copied, over all workers.
@@ -102,7 +105,9 @@ class Saver:
         worker, staging_bytes = self.worker, self.worker.config.checkpoint.staging_bytes
         start = time.perf_counter()
         self.wait()
-        whole = finished or self._base is None or self._since_whole >= worker.config.checkpoint.incremental
+        again = worker.step == self._last_step  # none builds on one of the same step
+        whole = finished or again or self._base is None or self._since_whole >= worker.config.checkpoint.incremental
+        self._last_step = worker.step
         pieces = self._pieces(whole, staging_bytes)
         plan = self._plan(None if whole else self._base, finished, pieces)
         staging: Staging[_Staged] = Staging(staging_bytes)

@@ -47,7 +47,11 @@ class Captured:
 
 
 def capture(worker: Worker) -> Captured:
-    """Copy the state of a worker between two steps."""
+    """Copy the state of a worker between two steps.
+
+    Raises:
+        ValueError: for dense parameters or optimizer state that is not finite: a checkpoint of it could not be loaded.
+    """
     now, (clock, samples, sent) = time.perf_counter(), worker.window_start
     totals = worker.embedding.totals
     training = {
@@ -62,14 +66,27 @@ def capture(worker: Worker) -> Captured:
         "totals": None if totals is None else list(dataclasses.astuple(totals)),
         "window": {"seconds": now - clock, "samples": samples},
         "last_lookups": list(worker.last_lookups),
+        "skipped_steps": [worker.skipped.steps, worker.skipped.in_a_row],
     }
-    of_worker = {"generator": torch.get_rng_state(), "losses": torch.tensor(worker.losses[worker.history.reported :], dtype=torch.float64)}
+    of_worker = {
+        "generator": torch.get_rng_state(),
+        "losses": torch.tensor(worker.losses[worker.history.reported :], dtype=torch.float64),
+        "skipped": torch.tensor([worker.skipped_rows, worker.embedding.skipped_bags]),
+    }
     for name in _METRICS:
         of_worker |= _sparse(name, getattr(worker, name).state())
+    dense = {name: _copy(tensor) for name, tensor in worker.dense.state_dict().items()}
+    optimizer = _optimizer_tensors(worker.optimizer)
+    for name, tensor in (dense | optimizer).items():
+        if not _is_finite(tensor):
+            raise ValueError(
+                f"step {worker.step}: {name} of the dense model or its optimizer is not finite, and no checkpoint of it is taken; "
+                "a gradient was too large: look for huge dense values, or lower train.lr and embedding.lr"
+            )
     return Captured(
         training,
-        {name: _copy(tensor) for name, tensor in worker.dense.state_dict().items()},
-        _optimizer_tensors(worker.optimizer),
+        dense,
+        optimizer,
         _history_tensors(worker),
         of_worker,
         worker.embedding.peak(),
@@ -143,6 +160,7 @@ def _restore_training(saved: Saved, worker: Worker) -> None:
     worker.embedding.step = saved.step
     worker.embedding.totals = None if state["totals"] is None else StepTotals(*state["totals"])
     worker.last_lookups = (state["last_lookups"][0], state["last_lookups"][1])
+    worker.skipped.steps, worker.skipped.in_a_row = state["skipped_steps"]
     where = f"{saved.folder.path}/history.safetensors"
     with saved.folder.tensors(saved.facts("history.safetensors")) as found:
         history = worker.history
@@ -181,6 +199,7 @@ def _restore_of_worker(saved: Saved, worker: Worker) -> None:
         getattr(worker, name).load(sums[name] if mine else torch.zeros_like(sums[name]))
     worker.losses = array("d", (sums["losses"] if mine else torch.zeros_like(sums["losses"])).tolist())
     worker.history.reported = 0
+    worker.skipped_rows, worker.embedding.skipped_bags = sums["skipped"].tolist() if mine else (0, 0)
     worker.embedding.note_peak(sum(part.content["peak_bytes"] for part in parts) if mine else 0)
     sent = sum(part.content["bytes_sent"] for part in parts) if mine else 0
     window = saved.training["window"]
@@ -188,7 +207,12 @@ def _restore_of_worker(saved: Saved, worker: Worker) -> None:
 
 
 def _of_worker(found: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    out = {"losses": tensor_of(dict(found), "losses", (torch.float64,), where)}
+    out = {
+        "losses": tensor_of(dict(found), "losses", (torch.float64,), where),
+        "skipped": tensor_of(dict(found), "skipped", (torch.int64,), where),
+    }
+    if out["skipped"].shape != (2,) or bool((out["skipped"] < 0).any()):
+        raise CheckpointError(f"{where}: skipped is {out['skipped'].tolist()}; two counts are wanted")
     for name in _METRICS:
         at = tensor_of(dict(found), f"{name}/at", (torch.int32,), where).long()
         values = tensor_of(dict(found), f"{name}/values", (torch.float64,), where)
@@ -241,8 +265,12 @@ def _restore_optimizer(saved: Saved, worker: Worker) -> None:
 
 def _refuse_infinite(found: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in found.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not _is_finite(tensor):
             raise CheckpointError(f"{where}: {name} has a value that is not finite")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _history_tensors(worker: Worker) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fiited_ray.embedding import LONGEST_GRADIENT
+
 if TYPE_CHECKING:
     from fiited_ray.train.loop import Worker
 
@@ -63,15 +65,27 @@ def usable(worker: Worker, logits_B: Tensor, loss_sum: float) -> bool:
 
 
 def learn_dense(worker: Worker) -> None:
-    """The dense parameters' step; their gradient, summed here, is the same on every worker, and so is what is decided."""
-    gradient = worker.gradient
+    """The dense parameters' step; their gradient, summed here, is the same on every worker, and so is what is decided.
+
+    A gradient whose square is infinite would leave optimizer state that never moves its parameters again.
+
+    Raises:
+        ValueError: with `train.not_finite=error`, for a gradient that is not finite or longer than 1e12; or when too many steps in a row
+            have been skipped.
+    """
+    gradient, skips = worker.gradient, worker.config.train.not_finite == "skip"
     if worker.exchange.workers > 1:
         gradient.copy_(worker.exchange.all_reduce(gradient))
-    if worker.config.train.not_finite == "skip":
-        if not bool(gradient.isfinite().all()):
-            _log.warning("step %d: the dense parameters' gradient is not finite; they skip the step", worker.step)
+    if skips or not gradient.is_cuda:  # a GPU would be waited for; where a run ends with an error, a checkpoint finds it, too
+        longest = float(torch.linalg.vector_norm(gradient, math.inf))
+        if not longest <= LONGEST_GRADIENT:
+            told = f"step {worker.step}: the dense parameters' gradient reaches {longest:.3g}; {LONGEST_GRADIENT:.0e} can be learned from"
+            if not skips:
+                raise ValueError(f"{told}; look for huge dense values, or lower train.lr and embedding.lr")
+            _log.warning("%s; they skip the step", told)
             worker.skipped.count(worker.step)
             return
+    if skips:
         worker.skipped.in_a_row = 0
     worker.optimizer.step()
 

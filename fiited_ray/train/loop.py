@@ -6,10 +6,11 @@ Runs the same in a Ray Train worker and in a plain process; what differs comes i
 from __future__ import annotations
 
 import logging
+import math
 import time
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
@@ -127,6 +128,15 @@ class Worker:
         ahead_ = self.exchange_ahead.bytes_sent if self.exchange_ahead is not self.exchange else 0
         return self.exchange.bytes_sent + ahead_
 
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Neither the time that passes meanwhile, by phase or in all, nor what is sent counts as training's."""
+        seconds, clock, sent = dict(self.times.seconds), time.perf_counter(), self.exchange.bytes_sent
+        yield
+        self.times.seconds = seconds
+        start, samples, sent_before = self.window_start
+        self.window_start = (start + time.perf_counter() - clock, samples, sent_before + self.exchange.bytes_sent - sent)
+
     def log(self, values: Mapping[str, float]) -> None:
         """Send metrics of this step on, where this worker is the one that does."""
         if self.writer is not None:
@@ -163,9 +173,9 @@ def train(worker: Worker, batches: Batches, test: Batches | None = None, saver: 
         if config.train.max_steps is not None and worker.step >= config.train.max_steps:
             break
         worker.position = Position(epoch + 1)
-    results = _scores(worker, test)
     if worker.history.reported < len(worker.losses):
         report(worker)
+    results = _scores(worker, test)
     results["bytes/peak_of_run"] = max(worker.history.values["bytes/peak"])
     results |= {f"time_of_run/{phase}": seconds for phase, seconds in worker.history.seconds.items()}
     results["run/workers"] = float(worker.exchange.workers)
@@ -208,22 +218,26 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
     worker.window.update(scores_B, batch.labels)
     if worker.config.train.progressive:
         worker.progressive.update(scores_B, batch.labels)
-    worker.losses.append(loss_sum / max(1, route.rows))
+    worker.losses.append(loss_sum / route.rows if route.rows else math.nan)
     worker.samples += route.rows
 
 
 def evaluate(worker: Worker, batches: Iterable[Batch]) -> dict[str, float]:
-    """Score batches without learning; metrics over all workers."""
+    """Score batches without learning; metrics over all workers, and with `data.bad_rows=skip` how many rows were left out."""
     worker.dense.eval()
     worker.embedding.eval()
-    metrics = BinaryMetrics()
+    metrics, skipped_rows = BinaryMetrics(), 0
     with torch.no_grad():
         for batch in batches:
             batch.validate(worker.config.data.features, worker.config.data.dense)
             batch = batch.to(worker.device)
             metrics.update(worker.dense(batch.dense, worker.embedding(batch)), batch.labels)
+            skipped_rows += batch.skipped
             worker.beat()
-    return _shared(worker, metrics)
+    values = _shared(worker, metrics)
+    if worker.config.data.bad_rows == "skip":
+        values["skipped_rows"] = float(worker.exchange.all_reduce(torch.tensor([skipped_rows]))[0])
+    return values
 
 
 def _scores(worker: Worker, test: Batches | None) -> dict[str, float]:
@@ -234,7 +248,8 @@ def _scores(worker: Worker, test: Batches | None) -> dict[str, float]:
         else {}
     )
     if test:
-        scores |= {f"eval/{name}": value for name, value in evaluate(worker, test()).items()}
+        with worker.not_training():
+            scores |= {f"eval/{name}": value for name, value in evaluate(worker, test()).items()}
     return scores
 
 

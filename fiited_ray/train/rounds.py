@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
 def fit_budget(worker: Worker) -> None:
     """Hold a round if rows that were loaded pass the budget or a worker's own ceiling: of more workers, or a smaller budget."""
-    ceiling, planned = worker.config.policy.max_shard_bytes, worker.shard.stats().planned
+    ceiling, planned = worker.config.policy.max_shard_bytes, worker.embedding.stats().planned
     over = int(ceiling is not None and planned > ceiling)
     total, over_ceiling = worker.exchange.all_reduce(torch.tensor([planned, over])).tolist()
     if over_ceiling or (worker.budget_bytes is not None and total > worker.budget_bytes):
         hold_round(worker, needed=True)
+    if worker.budget_bytes is None:  # else it is dealt at each step
+        worker.shard.set_limit(ceiling)
 
 
 def hold_round(worker: Worker, needed: bool = False) -> None:
@@ -33,18 +35,23 @@ def hold_round(worker: Worker, needed: bool = False) -> None:
 
     Args:
         needed: resize even where the decision would move too little to be worth it.
+
+    Raises:
+        RuntimeError: where a round that is needed gets no decision.
     """
     shard = worker.shard
-    stats = shard.stats()
+    stats = worker.embedding.stats()
     own = ShardReport(shard.histogram().numpy(), stats.fixed, stats.admitted_bytes, stats.refused, worker.config.policy.max_shard_bytes)
     reports = gather_reports(own, worker.exchange)
     decision = _decision(worker, reports)
     worker.schedule.held(worker.step)
     if decision is None:
+        if needed:
+            raise RuntimeError(f"step {worker.step}: the rows that were loaded pass the budget, and the coordinator gave no decision")
         return
     if needed or not decision.skipped:
         _resize(worker, decision)
-    after = shard.stats()
+    after = worker.embedding.stats()
     moved = worker.exchange.all_reduce(
         torch.tensor([after.admitted, after.refused, after.resized, after.evicted], dtype=torch.int64)
     ).tolist()
@@ -104,7 +111,7 @@ def _resize(worker: Worker, decision: Decision) -> None:
     shard, ceiling = worker.shard, worker.config.policy.max_shard_bytes
     one_by_one = len(decision.thresholds) > 1
     growth = shard.shrink(decision.thresholds[worker.exchange.rank if one_by_one else 0])
-    held = shard.stats().planned
+    held = worker.embedding.stats().planned
     held_by_all, growth_by_all = worker.exchange.all_reduce(torch.tensor([held, growth])).tolist()  # all have shrunk
     if worker.budget_bytes is not None:
         workers = worker.exchange.workers

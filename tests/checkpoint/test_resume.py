@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import BATCHES, BUDGET, batches, config, differences, folders, opened, resumed, run, solo, state_of
 
 from fiited_ray.checkpoint import Folder, FolderPublisher, Saver, open_checkpoint, restore
 from fiited_ray.config import ConfigError
+from fiited_ray.data import Batch
+from fiited_ray.store import VhpiShard
+from fiited_ray.store.shard import ShardStats
 from fiited_ray.train.loop import train
 from fiited_ray.train.rounds import fit_budget
 
@@ -80,6 +86,98 @@ def test_the_same_budget_holds_no_round(tmp_path: Path) -> None:
     before = state_of(worker)
     fit_budget(worker)
     assert differences(before, state_of(worker)) == []
+
+
+def test_a_ceiling_without_a_budget_holds_after_a_resume(tmp_path: Path) -> None:
+    made = config(policy={"max_shard_bytes": BUDGET})
+    run(solo(made, None), tmp_path)
+    worker = resumed(folders(tmp_path)[0], made, None)
+    fit_budget(worker)
+    assert worker.shard.stats().limit == BUDGET
+    run(worker, tmp_path / "more")
+    assert worker.history.values["bytes/peak"][-1] <= BUDGET
+
+
+def test_a_round_that_loaded_rows_need_is_an_error_where_no_decision_can_be_had(tmp_path: Path) -> None:
+    made = config()
+    run(solo(made), tmp_path)
+    worker = resumed(folders(tmp_path)[-1], made, BUDGET // 2)
+    worker.decider = Silent()
+    with pytest.raises(RuntimeError, match="step 40: the rows that were loaded pass the budget, and the coordinator gave no decision"):
+        fit_budget(worker)
+
+
+class Silent:
+    """A coordinator that does not answer."""
+
+    def decide(self, *question: object) -> None:
+        return None
+
+
+def test_what_was_left_out_is_counted_on(tmp_path: Path) -> None:
+    worker = solo(config())
+    saver = Saver(worker, FolderPublisher(Folder.of(tmp_path)), "test")
+    worker.skipped_rows, worker.embedding.skipped_bags = 5, 2
+    worker.skipped.steps, worker.skipped.in_a_row = 7, 3
+    saver.save()
+    saver.wait()
+    again = resumed(folders(tmp_path)[0], config())
+    assert (again.skipped_rows, again.embedding.skipped_bags, again.skipped) == (5, 2, worker.skipped)
+
+
+def test_a_second_checkpoint_of_a_step_can_be_read(tmp_path: Path) -> None:
+    worker = solo(config(steps=6))  # takes one after step 6
+    saver = Saver(worker, FolderPublisher(Folder.of(tmp_path)), "test")
+    train(worker, batches, saver=saver)
+    saver.save()
+    saver.wait()
+    assert [opened(each).step for each in folders(tmp_path)] == [6, 6]
+    assert differences(state_of(worker), state_of(resumed(folders(tmp_path)[1], config(steps=6)))) == []
+
+
+def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    worker = solo(config(steps=6))
+    train(worker, batches)
+    next(iter(worker.optimizer.state.values()))["exp_avg_sq"][3] = torch.inf
+    with pytest.raises(ValueError, match=r"step 6: 0/exp_avg_sq of the dense model or its optimizer is not finite"):
+        Saver(worker, FolderPublisher(Folder.of(tmp_path)), "test").save()
+
+
+def test_no_peak_is_missed_between_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks: list[int] = []
+    stats = VhpiShard.stats
+
+    def noted(shard: VhpiShard) -> ShardStats:
+        found = stats(shard)
+        peaks.append(found.peak)
+        return found
+
+    monkeypatch.setattr(VhpiShard, "stats", noted)
+    for interval in (1, 2, 4):
+        peaks.clear()
+        results = train(solo(config(policy={"interval": interval, "first_round": interval})), lambda: batches(count=16))
+        assert results["bytes/peak_of_run"] == max(peaks)
+
+
+def test_scoring_counts_as_training_neither_by_its_time_nor_by_its_phases() -> None:
+    entered = []
+
+    def scored() -> Iterator[Batch]:
+        entered.append((dict(worker.times.seconds), worker.window_start, time.perf_counter()))
+        yield from batches(0, 9, 3)
+
+    worker = solo(config(steps=10, train={"eval_every": 3}))
+    worker.scored = lambda values: left.append((dict(worker.times.seconds), worker.window_start, time.perf_counter()))
+    left: list[tuple[dict[str, float], tuple[float, int, int], float]] = []
+    results = train(worker, batches, scored)
+    assert len(entered) == 4  # and after the last step
+    assert len(left) == 3
+    for (seconds, window, clock), (seconds_after, window_after, clock_after) in zip(entered, left, strict=False):
+        assert seconds_after == seconds
+        assert window_after[1:] == window[1:]
+        assert 0 < window_after[0] - window[0] <= clock_after - clock + 0.01
+    assert results["eval/auc"] > 0
+    assert worker.history.reported == 10
 
 
 @pytest.mark.parametrize(
