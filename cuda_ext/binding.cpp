@@ -145,6 +145,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dedup_ids(Tensor ids, Tensor 
   }
   REQUIRE((features ? ends[features - 1] : 0) == n, "feature_ends must end at the number of ids");
   REQUIRE(workers > 0 && workers <= fiited::kBuckets, "there must be 1 to 1024 workers");
+  const auto* table_of = read<int32_t>(feature_tables, ScalarType::Int, "feature_tables", features);
+  for (int64_t f = 0; f < features; ++f) {
+    REQUIRE(table_of[f] >= 0 && table_of[f] < fiited::kMostTables,
+            "feature " + std::to_string(f) + " has table " + std::to_string(table_of[f]));
+  }
   Tensor keys = make(n, ScalarType::Long);
   Tensor tables = make(n, ScalarType::Int);
   Tensor counts = make(n, ScalarType::Int);
@@ -152,9 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dedup_ids(Tensor ids, Tensor 
   Tensor splits = make(workers, ScalarType::Long);
   fiited::Deduped out{0, static_cast<int64_t*>(keys.mutable_data_ptr()), static_cast<int32_t*>(tables.mutable_data_ptr()),
                       static_cast<int32_t*>(counts.mutable_data_ptr()), static_cast<int32_t*>(inverse.mutable_data_ptr())};
-  fiited::dedup_ids(read<int64_t>(ids, ScalarType::Long, "ids", n), ends,
-                    read<int32_t>(feature_tables, ScalarType::Int, "feature_tables", features), static_cast<int>(features),
-                    static_cast<uint64_t>(seed), static_cast<int>(workers), out, static_cast<int64_t*>(splits.mutable_data_ptr()));
+  fiited::dedup_ids(read<int64_t>(ids, ScalarType::Long, "ids", n), ends, table_of, static_cast<int>(features), static_cast<uint64_t>(seed),
+                    static_cast<int>(workers), out, static_cast<int64_t*>(splits.mutable_data_ptr()));
   return {torch::stable::narrow(keys, 0, 0, out.unique), torch::stable::narrow(tables, 0, 0, out.unique),
           torch::stable::narrow(counts, 0, 0, out.unique), inverse, splits};
 }

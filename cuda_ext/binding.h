@@ -53,11 +53,14 @@ const T* read_on(torch::headeronly::DeviceType place, const Tensor& tensor, Scal
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-// The same for an argument that may be missing; null then.
+// The same for an argument that may be missing; null then, and only then.
 template <class T>
 const T* read_on(torch::headeronly::DeviceType place, const std::optional<Tensor>& tensor, ScalarType type, const char* name,
                  int64_t size) {
-  return tensor ? read_on<T>(place, *tensor, type, name, size) : nullptr;
+  static const T nothing{};  // an empty tensor has no address, but it is there
+  if (!tensor) return nullptr;
+  const T* const data = read_on<T>(place, *tensor, type, name, size);
+  return data != nullptr ? data : &nothing;
 }
 
 inline const uint32_t* addresses_on(torch::headeronly::DeviceType place, const Tensor& addresses, int64_t n) {
@@ -67,7 +70,7 @@ inline const uint32_t* addresses_on(torch::headeronly::DeviceType place, const T
 // Bags of n lookups as they are given: what their offsets say is not looked at.
 inline Bags bags_on(torch::headeronly::DeviceType place, int64_t n, const Tensor& offsets, const std::optional<Tensor>& weights,
                     ScalarType real, int64_t features, bool mean, int64_t chunk, int64_t chunks) {
-  REQUIRE(features > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
+  REQUIRE(features > 0 && offsets.numel() > 0 && (offsets.numel() - 1) % features == 0, "offsets must have features * batch + 1 elements");
   const void* weights_data = real == ScalarType::Double ? static_cast<const void*>(read_on<double>(place, weights, real, "weights", n))
                                                         : read_on<float>(place, weights, real, "weights", n);
   return {features,
@@ -169,7 +172,7 @@ inline ShardConfig config_of(const std::vector<int64_t>& ints, const std::vector
   config.levels.assign(floats.begin() + 7, floats.end());
   REQUIRE(config.chunk > 0 && config.chunks > 0 && config.chunks <= 64, "chunk and chunks must be positive, chunks at most 64");
   REQUIRE(static_cast<int>(config.levels.size()) == config.chunks, "one level for each chunk is wanted");
-  REQUIRE(config.tables > 0 && config.tables <= 65536, "there must be 1 to 65536 tables");
+  REQUIRE(config.tables > 0 && config.tables <= kMostTables, "there must be 1 to 65536 tables");
   REQUIRE(config.first_bucket < config.end_bucket && config.end_bucket <= fiited::kBuckets, "bucket range out of order");
   REQUIRE(config.sketch_sets > 0, "the sketch needs one set for each bucket");
   REQUIRE(config.limit_bytes >= 0, "limit_bytes must not be negative");

@@ -93,10 +93,13 @@ struct Saving {
         ScalarType::Long);
   }
 
+  // Of the sketch's levels. It falls by 4 with each octave of decay for as long as no threshold sets it anew.
+  static bool is_base(int64_t base) { return std::abs(base) < int64_t{1} << 30; }
+
   static void restore(int64_t handle, std::vector<int64_t> n, double threshold) {
     REQUIRE(n.size() == 11, "a shard's state is 11 integers");
     REQUIRE(threshold >= 0 && threshold < 3e38, "the threshold is not a number >= 0");
-    REQUIRE(n[0] >= 0 && n[1] >= 0 && std::abs(n[2]) < 1024, "the shard's state is out of range");
+    REQUIRE(n[0] >= 0 && n[1] >= 0 && is_base(n[2]), "the shard's state is out of range");
     shard_at(handle)->restore({n[0], n[1], n[2], {n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]}}, threshold);
   }
 
@@ -119,7 +122,7 @@ struct Saving {
         reinterpret_cast<const uint16_t*>(read_on<int16_t>(kHost, cells, ScalarType::Short, "cells", buckets * entries));
     const auto* registers_data = read_on<uint8_t>(kHost, registers, ScalarType::Byte, "registers", buckets * kRegistersPerBucket);
     REQUIRE(first_bucket >= config.first_bucket && first_bucket + buckets <= config.end_bucket, "the buckets belong to another shard");
-    REQUIRE(std::abs(base) < 1024, "the base of the sketch's levels is out of range");
+    REQUIRE(is_base(base), "the base of the sketch's levels is out of range");
     shard->put_sketch(static_cast<uint32_t>(first_bucket), static_cast<uint32_t>(buckets), cells_data, static_cast<int>(base),
                       registers_data);
   }

@@ -16,6 +16,7 @@ namespace fiited {
 
 constexpr int kBucketBits = 10;
 constexpr int kBuckets = 1 << kBucketBits;
+constexpr int kMostTables = 1 << 16;
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15ull;
 
 // Stafford's variant 13 of the murmur finaliser, a bijection of 64-bit words.

@@ -107,6 +107,8 @@ class ShardOf final : public ShardRows {
   int64_t shrink(double threshold) override {
     threshold_ = threshold;
     set_cuts();
+    const int64_t limit = limit_;
+    if (planned_ > limit) set_limit(planned_);  // what passes the limit is to give way here
     int64_t growth = 0;
     for (int width = layout_.chunks; width >= 1; --width) {
       growth += for_each_changing(
@@ -124,6 +126,7 @@ class ShardOf final : public ShardRows {
           });
     }
     index_.shrink(key_at());
+    if (limit_ != limit) set_limit(limit);
     return growth;
   }
 

@@ -21,11 +21,14 @@ int64_t DeviceShard::shrink(double threshold) {
   cuts_ = cuts_of(threshold_, config_.levels);
   aim_sketch();
   growth_ = 0;
+  const int64_t limit = limit_;
+  if (planned_ > limit) set_limit(planned_);  // what passes the limit is to give way here
   left_.fill_bytes(0);
   for (int width = layout_.chunks; width >= 1; --width) change_width(width, false);
   const std::vector<uint32_t> left = read_back(stream_, left_.get(), kMostParts);
   pools_.give_back();
   index_.shrink(stream_, view(), left.data());
+  if (limit_ != limit) set_limit(limit);
   return growth_;
 }
 

@@ -312,7 +312,8 @@ class ReferenceShard:
         return row
 
     def _reshape(self, key: int, table: int, row: _Row, width: int) -> None:
-        if self.limit is not None and self.planned - self.row_bytes[row.width] + self.row_bytes[width] > self.limit:
+        more = self.row_bytes[width] - self.row_bytes[row.width]
+        if self.limit is not None and more > 0 and self.planned + more > self.limit:
             self.refused += 1
             return
         kept, size = min(row.width, width) * self.spec.chunk, width * self.spec.chunk

@@ -43,6 +43,24 @@ def test_allocated_bytes_never_pass_the_limit_nor_the_plan(seed: int, budget: in
         assert stats.slack >= 0
 
 
+def test_rows_beyond_the_limit_give_way_in_a_round() -> None:
+    """As after a load into a smaller budget."""
+    full, loaded = (VhpiShard(make_spec(3_000_000)) for _ in range(2))
+    for shard in (full, loaded):
+        train(shard, np.random.default_rng(0), 1)
+    planned = full.stats().planned
+    full.resize(2.0)
+    wanted = full.stats()
+    limit = (wanted.planned + planned) // 2
+    loaded.set_limit(limit)
+    loaded.resize(2.0)
+    stats = loaded.stats()
+    assert wanted.planned < limit < planned
+    assert (stats.planned, stats.resized, stats.evicted) == (wanted.planned, wanted.resized, wanted.evicted)
+    assert (stats.limit, stats.refused) == (limit, 0)
+    loaded.check()
+
+
 def test_shrinking_gives_the_bytes_back() -> None:
     random = np.random.default_rng(0)
     shard = VhpiShard(make_spec(2_000_000))

@@ -106,6 +106,18 @@ def pick(rows: Rows, order: torch.Tensor, chunk: int, state_sizes: torch.Tensor)
     )
 
 
+def test_a_shard_that_no_threshold_has_held_for_long_comes_back() -> None:
+    """Each octave of decay lowers the base of the sketch's levels, and only a threshold sets it anew."""
+    shard = VhpiShard(make_spec())
+    for step in (1, 5_000, 50_000):  # 7600 octaves at a decay of 0.9
+        learn(shard, [1, 2], torch.ones(2, 12), step)
+    state, (cells, registers) = shard.state(), shard.sketch()
+    again = VhpiShard(make_spec())
+    again.restore(state, 0.0)
+    again.put_sketch(0, cells, state[2], registers)
+    assert again.state() == state
+
+
 def test_a_load_into_a_shard_with_rows_is_refused() -> None:
     shard = VhpiShard(make_spec())
     learn(shard, [1], torch.ones(1, 12), 1)

@@ -275,3 +275,21 @@ def test_many_small_updates_add_up_on_average(storage: str, mantissa: int, towar
     assert change < unit / 4
     assert abs(float(moved.mean()) - steps * signed) < 4 * deviation < 0.1 * steps * change
     assert moved.std() > 0.8 * deviation * moved.numel() ** 0.5  # each value on its own: not all rounded by the same bits
+
+
+def test_a_shard_none_of_whose_keys_are_in_a_step_learns_nothing_and_says_nothing() -> None:
+    shard = VhpiShard(make_spec(importance="lookup_norm_sum"))
+    keys, tables = keys_of([], [])
+    nothing = torch.empty(0, dtype=torch.int32)
+    found = shard.lookup(keys, tables, nothing, training=True, step=1)
+    shard.update(found, torch.empty(0), torch.empty(0), 0.1, 1)
+    shard.update(found, torch.empty(0), torch.empty(0), 0.1, 2, target=nothing)
+    assert shard.stats().rows == 0
+
+
+def test_tables_and_offsets_that_cannot_be_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"feature 1 has table -3|the table of key"):
+        ops.dedup_ids(torch.arange(5), torch.tensor([2, 5]), torch.tensor([0, -3], dtype=torch.int32), 0, 1)
+    bags = ops.Bags(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64), None, 1, False, 4, 3)
+    with pytest.raises(RuntimeError, match="offsets must have"):
+        ops.pool(torch.empty(0), torch.empty(0, dtype=torch.uint8), bags)
