@@ -114,7 +114,7 @@ def endless(config: Config, rank: int, workers: int, prepare: Callable[[Batch], 
     """Epoch after epoch; the short last batches are left out. Reads, collates and prepares in a thread."""
     files = check_files(config.data.train, config.data)
     size = config.train.batch_size
-    rows = config.data.max_rows or files.total_rows
+    rows = files.first_rows(config.data.max_rows)
 
     def batches() -> Iterator[Batch]:
         while True:

@@ -52,7 +52,8 @@ class Reader:
         if self.dataset is None:
             batches = parquet_batches(self.files, data, size, rank=self.rank, workers=self.workers, max_rows=data.max_rows)
         else:
-            batches = ray_batches(self.dataset.iterator(), data, size, self.rank, self.workers)
+            total = self.files.first_rows(data.max_rows)
+            batches = ray_batches(self.dataset.iterator(), data, size, self.rank, self.workers, total=total)
         rows = sum(batch.rows for batch in batches)
         return time.perf_counter() - start, rows
 

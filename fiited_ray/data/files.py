@@ -31,6 +31,10 @@ class Files:
     def total_rows(self) -> int:
         return sum(self.rows)
 
+    def first_rows(self, most: int | None) -> int:
+        """How many rows are read where `most` are wanted (`data.max_rows`); None for all."""
+        return self.total_rows if most is None else min(most, self.total_rows)
+
     def locate(self, row: int) -> str:
         """Where a row, counted over all files, stands."""
         for path, rows in zip(self.paths, self.rows, strict=True):

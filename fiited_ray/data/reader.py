@@ -7,7 +7,6 @@ short, and a worker may find itself with no row in it, so that all workers take 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, count, islice
@@ -56,7 +55,7 @@ def parquet_batches(
     Raises:
         DataError: for bad data, naming file, column and row.
     """
-    total = files.total_rows if max_rows is None else min(max_rows, files.total_rows)
+    total = files.first_rows(max_rows)
     share = _Share(batch_size, total, rank, workers, first_step)
     batches = _collated(_slices(files, config, share), Collator(config), batch_size, files.locate, first_step)
     return ahead(batches, _PREFETCH, "batches") if prefetch else batches
@@ -66,15 +65,18 @@ def ray_dataset(files: Files, config: DataConfig, max_rows: int | None = None) -
     """The columns of a config as a streaming Ray Data set, in file order or, with a time column, in time order."""
     import ray.data
 
+    from fiited_ray.data.ray_source import ParquetFiles
+
+    source = ParquetFiles(files, config.columns)
     # one reading task at a time for each consumer: more would start processes faster than they are needed
-    dataset = ray.data.read_parquet(list(files.paths), concurrency=1).select_columns(config.columns)  # no others are read
+    dataset = ray.data.read_datasource(source, concurrency=1, override_num_blocks=len(files.paths))
     if config.time and not is_sorted(files, config.time):
         dataset = dataset.sort(config.time)
     return dataset if max_rows is None else dataset.limit(max_rows)
 
 
 def ray_batches(
-    shard: ray.data.DataIterator, config: DataConfig, batch_size: int, rank: int, workers: int, first_step: int = 0
+    shard: ray.data.DataIterator, config: DataConfig, batch_size: int, rank: int, workers: int, first_step: int = 0, *, total: int
 ) -> Iterator[Batch]:
     """A worker's batches from its Ray Data iterator, which must deliver the whole data set in order (see `data_config`).
 
@@ -82,29 +84,36 @@ def ray_batches(
     equal steps for any number of workers and no row lost, at the price of decoding the Parquet columns once for each worker.
     (`streaming_split` would decode them once, but deals out blocks as they come and, when the shares are to be equal, drops rows.)
 
+    Args:
+        total: rows of the whole data set.
+
     Raises:
-        DataError: for bad data, naming column and row in reading order.
+        DataError: for bad data, naming column and row in reading order; for more or fewer rows than there are.
     """
     tables = shard.iter_batches(batch_size=batch_size, batch_format="pyarrow", prefetch_batches=_PREFETCH)
-    slices = _sliced(islice(_readable(tables), first_step, None), rank, workers)
+    slices = _sliced(islice(_complete(tables, total), first_step, None), rank, workers)
     return ahead(
         _collated(slices, Collator(config), batch_size, lambda row: f"row {row} in reading order", first_step), _PREFETCH, "batches"
     )
 
 
-def _readable(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Tables as they come; where reading them failed in a task of Ray's, that in a line, not in the many of its traceback."""
+def _complete(tables: Iterable[pa.Table], total: int) -> Iterator[pa.Table]:
+    """Tables as they come, which must have so many rows; where reading them failed in a task of Ray's, that in a line."""
     from ray.exceptions import RayTaskError
 
+    rows = 0
     try:
-        yield from tables
+        for table in tables:
+            rows += table.num_rows
+            yield table
     except RayTaskError as error:
-        fragment = re.search(r"Failed to read fragment (\S+)", str(error))
-        where = f"{fragment[1]}: reading it failed" if fragment else "reading the data failed"
-        raise DataError(f"{where}: {_one_line(error.cause)}") from error
+        said = str(error.cause).partition("\n")[0]  # Ray adds lines to what the task said
+        raise DataError(said if isinstance(error.cause, DataError) else f"reading the data failed: {one_line(error.cause)}") from error
+    if rows != total:
+        raise DataError(f"data.reader=ray: {rows:,} rows came of the {total:,} in the files; read them with data.reader=arrow")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
@@ -230,24 +239,24 @@ def _pieces(files: Files, config: DataConfig, columns: list[str], share: _Share)
             with pq.ParquetFile(path) as file:
                 for groups, begin in _runs(file.metadata, file_begin, share):
                     at = begin
-                    size = min(_MOST_READ, _rows_at_once(file.metadata, columns, share.batch_size))
+                    size = min(_MOST_READ, rows_at_once(file.metadata, columns, share.batch_size))
                     # By this thread alone: Arrow's others would take cores from the model, and need half as much CPU time again.
                     for piece in file.iter_batches(size, row_groups=groups, columns=columns, use_threads=False):
-                        table = _nullable(piece).slice(0, share.total - at)
+                        table = nullable(piece).slice(0, share.total - at)
                         last_time = _check_order(table, config.time, last_time, path, at - file_begin)
                         yield at, table
                         at += table.num_rows
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{path}: reading it failed: {_one_line(error)}") from error
+            raise DataError(f"{path}: reading it failed: {one_line(error)}") from error
         file_begin += file_rows
 
 
-def _nullable(piece: pa.RecordBatch) -> pa.Table:
+def nullable(piece: pa.RecordBatch) -> pa.Table:
     """A table whose columns may hold nulls: some files declare that theirs do not, and Arrow then takes them for another kind."""
     return pa.Table.from_arrays(piece.columns, schema=pa.schema([field.with_nullable(True) for field in piece.schema]))
 
 
-def _rows_at_once(metadata: pq.FileMetaData, columns: list[str], batch_size: int) -> int:
+def rows_at_once(metadata: pq.FileMetaData, columns: list[str], batch_size: int) -> int:
     """As many whole batches as are read together, by what the columns of the first row group hold."""
     group = metadata.row_group(0)
     leaves = map(group.column, range(group.num_columns))
@@ -275,7 +284,7 @@ def _empty(files: Files, columns: list[str]) -> pa.Table:
     try:
         return pq.read_schema(files.paths[0]).empty_table().select(columns)
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{files.paths[0]}: reading it failed: {_one_line(error)}") from error
+        raise DataError(f"{files.paths[0]}: reading it failed: {one_line(error)}") from error
 
 
 def _check_order(table: pa.Table, column: str | None, last: Any, path: str, first_row: int) -> Any:

@@ -76,7 +76,7 @@ def count_distinct(files: Files, config: DataConfig, max_rows: int | None = None
         DataError: for bad data, naming file, column and row.
     """
     sketches, rows, reported = [DistinctSketch() for _ in config.tables], 0, time.monotonic()
-    total = min(files.total_rows, max_rows or files.total_rows)
+    total = files.first_rows(max_rows)
     tables = torch.tensor(config.feature_tables, dtype=torch.int32)
     for batch in parquet_batches(files, config, 65536, max_rows=max_rows):
         ends = batch.offsets[batch.rows :: batch.rows].contiguous()

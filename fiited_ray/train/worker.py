@@ -51,7 +51,8 @@ def work(setup: dict[str, Any]) -> None:
 
     def open_files(name: str, files: Files, batch_size: int, first: Callable[[], int], max_rows: int | None = None) -> Batches:
         if config.data.reader == "ray":
-            return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers, first())
+            total = files.first_rows(max_rows)
+            return lambda: ray_batches(ray.train.get_dataset_shard(name), config.data, batch_size, rank, workers, first(), total=total)
         return lambda: parquet_batches(files, config.data, batch_size, rank=rank, workers=workers, max_rows=max_rows, first_step=first())
 
     batch_size = config.train.batch_size

@@ -204,8 +204,7 @@ def parallel_trials(config: Config) -> int:
 
 def _steps(config: Config, plan: Plan) -> int:
     """Training steps of a whole run."""
-    rows = plan.files.total_rows if config.data.max_rows is None else min(plan.files.total_rows, config.data.max_rows)
-    steps = -(-rows // config.train.batch_size) * config.train.epochs
+    steps = -(-plan.files.first_rows(config.data.max_rows) // config.train.batch_size) * config.train.epochs
     return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
 
 

@@ -100,11 +100,11 @@ def test_a_batch_may_reach_from_a_file_that_may_hold_nulls_into_one_that_may_not
 def test_as_many_whole_batches_are_read_together_as_their_values_allow(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = pq.read_metadata(files.paths[0])
     monkeypatch.setattr(reader, "_TOGETHER", 95)
-    assert reader._rows_at_once(metadata, CONFIG.columns, 10) == 90
-    assert reader._rows_at_once(metadata, CONFIG.columns, 100) == 100  # one, however large
+    assert reader.rows_at_once(metadata, CONFIG.columns, 10) == 90
+    assert reader.rows_at_once(metadata, CONFIG.columns, 100) == 100  # one, however large
     monkeypatch.setattr(reader, "_TOGETHER_VALUES", 200)  # 16 rows have 4 x 16 values, and 24 in lists, of which 4 are empty
-    assert reader._rows_at_once(metadata, CONFIG.columns, 10) == 10 * (200 * 16 // (64 + 24 + 4) // 10)
-    assert reader._rows_at_once(metadata, ["label", "row"], 10) == 90
+    assert reader.rows_at_once(metadata, CONFIG.columns, 10) == 10 * (200 * 16 // (64 + 24 + 4) // 10)
+    assert reader.rows_at_once(metadata, ["label", "row"], 10) == 90
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_ray_and_direct_reading_give_identical_batches_to_one_two_and_three_work
     shard = whole_iterator(files, CONFIG)
     for rank, workers in ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)):
         direct = list(parquet_batches(files, CONFIG, 20, rank=rank, workers=workers))
-        through_ray = list(ray_batches(shard, CONFIG, 20, rank, workers))
+        through_ray = list(ray_batches(shard, CONFIG, 20, rank, workers, total=ROWS))
         assert len(direct) == len(through_ray) == 6
         for one, other in zip(direct, through_ray, strict=True):
             assert_same(one, other)
@@ -171,7 +171,33 @@ def test_ray_reads_files_in_the_order_named(ray_local: None, tmp_path: Path) -> 
     turned = Files(files.paths[::-1], files.rows[::-1], False)
     expected = [*range(30, 60), *range(30)]
     assert all_rows(parquet_batches(turned, CONFIG, 25)) == expected
-    assert all_rows(ray_batches(whole_iterator(turned, CONFIG), CONFIG, 25, 0, 1)) == expected
+    assert all_rows(ray_batches(whole_iterator(turned, CONFIG), CONFIG, 25, 0, 1, total=60)) == expected
+
+
+def test_ray_keeps_the_order_of_a_files_row_groups(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_DATA_PARQUET_BIN_PACKING_BYTES", "1000")  # Ray's own source would emit the last bin of row groups first
+    files = write(tmp_path, 0, ROWS)
+    assert all_rows(ray_batches(whole_iterator(files, CONFIG), CONFIG, 25, 0, 1, total=ROWS)) == list(range(ROWS))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a.pq", "b.parquet"), ("_a.parquet",), ("a.parquet", "a.parquet"), ("row=7/a.parquet",)],
+    ids=["suffix", "_", "twice", "hive"],
+)
+def test_ray_reads_every_file_as_it_stands_whatever_its_name(ray_local: None, tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(table(0, 10), tmp_path / name)
+    files = check_files(tuple(str(tmp_path / name) for name in names), CONFIG)
+    rows = all_rows(ray_batches(whole_iterator(files, CONFIG), CONFIG, 8, 0, 1, total=files.total_rows))
+    assert rows == list(range(10)) * len(names)
+
+
+def test_rows_that_do_not_come_through_ray_are_an_error(ray_local: None, files: Files) -> None:
+    batches = ray_batches(whole_iterator(files, CONFIG), CONFIG, 20, 0, 1, total=ROWS + 1)
+    with pytest.raises(DataError, match=r"data\.reader=ray: 103 rows came of the 104 in the files; read them with data\.reader=arrow"):
+        list(batches)
 
 
 @pytest.mark.parametrize("max_rows", [1, 37, 39, 64, 1000])
@@ -181,7 +207,7 @@ def test_max_rows_stops_after_so_many_rows(files: Files, max_rows: int) -> None:
 
 
 def test_max_rows_is_the_same_through_ray(ray_local: None, files: Files) -> None:
-    assert all_rows(ray_batches(whole_iterator(files, CONFIG, 39), CONFIG, 10, 0, 1)) == list(range(39))
+    assert all_rows(ray_batches(whole_iterator(files, CONFIG, 39), CONFIG, 10, 0, 1, total=39)) == list(range(39))
 
 
 def test_reading_without_a_thread_gives_the_same_batches(files: Files) -> None:
@@ -221,7 +247,7 @@ def test_ray_sorts_an_unsorted_file_by_time(ray_local: None, tmp_path: Path) -> 
     order = np.random.default_rng(0).permutation(ROWS)
     pq.write_table(table(0, ROWS).take(pa.array(order)), tmp_path / "a.parquet", row_group_size=16)
     files = check_files((str(tmp_path / "a.parquet"),), TIMED)
-    assert all_rows(ray_batches(whole_iterator(files, TIMED), TIMED, 16, 0, 1)) == list(range(ROWS))
+    assert all_rows(ray_batches(whole_iterator(files, TIMED), TIMED, 16, 0, 1, total=ROWS)) == list(range(ROWS))
 
 
 def test_rows_of_one_time_keep_their_order_every_time_ray_sorts(ray_local: None, tmp_path: Path) -> None:
@@ -232,7 +258,7 @@ def test_rows_of_one_time_keep_their_order_every_time_ray_sorts(ray_local: None,
     files = check_files((str(tmp_path),), TIMED)
     expected = np.argsort(times, kind="stable").tolist()
     for _ in range(2):
-        assert all_rows(ray_batches(whole_iterator(files, TIMED), TIMED, 16, 0, 1)) == expected
+        assert all_rows(ray_batches(whole_iterator(files, TIMED), TIMED, 16, 0, 1, total=ROWS)) == expected
 
 
 def test_a_null_time_is_refused_by_file_and_row(tmp_path: Path) -> None:
@@ -275,7 +301,7 @@ def test_the_row_of_bad_data_is_the_files_whichever_worker_meets_it(tmp_path: Pa
 def test_bad_data_met_behind_ray_comes_out(ray_local: None, tmp_path: Path) -> None:
     files = write_bad_label(tmp_path)
     with pytest.raises(DataError, match=r"global batch 1: label column 'label', row 6: 5\.0; .* \(this is row 30 in reading order\)"):
-        list(ray_batches(whole_iterator(files, CONFIG), CONFIG, 16, 1, 2))
+        list(ray_batches(whole_iterator(files, CONFIG), CONFIG, 16, 1, 2, total=40))
 
 
 def damaged(folder: Path) -> Files:
@@ -296,7 +322,7 @@ def test_a_file_damaged_after_the_check_is_refused_by_name(tmp_path: Path) -> No
 def test_a_damaged_file_met_by_ray_is_refused_by_name_in_one_line(ray_local: None, tmp_path: Path) -> None:
     shard = ray_dataset(damaged(tmp_path), CONFIG).iterator()
     with pytest.raises(DataError, match=r"^/.*part-00\.parquet: reading it failed: [^\n]+$"):
-        list(ray_batches(shard, CONFIG, 16, 0, 1))
+        list(ray_batches(shard, CONFIG, 16, 0, 1, total=5000))
 
 
 def test_row_groups_that_hold_no_row_of_a_worker_are_not_read(tmp_path: Path) -> None:
