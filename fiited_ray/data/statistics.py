@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fiited_ray.config import DataConfig
+from fiited_ray.data.errors import DataError
 from fiited_ray.data.files import Files
 from fiited_ray.data.reader import parquet_batches
 from fiited_ray.store.ops import dedup_ids
@@ -72,13 +74,18 @@ def _tau(x: float) -> float:
 def count_distinct(files: Files, config: DataConfig, max_rows: int | None = None) -> list[int]:
     """Distinct ids of each table, to about 1 %, by one streaming pass over the files; a long one says on stderr how far it is.
 
+    Args:
+        max_rows: count only so many rows, the files' first: of files that Ray is to sort by time, others than are trained on.
+
     Raises:
-        DataError: for bad data, naming file, column and row.
+        DataError: for bad data, naming file, column and row, or where no row is left of it.
     """
     sketches, rows, reported = [DistinctSketch() for _ in config.tables], 0, time.monotonic()
     total = files.first_rows(max_rows)
     tables = torch.tensor(config.feature_tables, dtype=torch.int32)
-    for batch in parquet_batches(files, config, 65536, max_rows=max_rows):
+    for batch in parquet_batches(files, replace(config, time=None), 65536, max_rows=max_rows):  # a count needs no order
+        if batch.rows == 0:  # all left out
+            continue
         ends = batch.offsets[batch.rows :: batch.rows].contiguous()
         found = dedup_ids(batch.ids, ends, tables, 0, 1)
         for table, sketch in enumerate(sketches):
@@ -88,6 +95,8 @@ def count_distinct(files: Files, config: DataConfig, max_rows: int | None = None
         if time.monotonic() - reported > _REPORT_SECONDS:
             reported = time.monotonic()
             print(f"counting distinct ids: {rows:,} of {total:,} rows", file=sys.stderr, flush=True)
+    if rows == 0:
+        raise DataError(f"{files.paths[0]}: data.bad_rows=skip leaves out every one of {total:,} rows; take error to see what is wrong")
     return [sketch.estimate() for sketch in sketches]
 
 

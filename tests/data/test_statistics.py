@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fiited_ray.config import Bin, DataConfig
-from fiited_ray.data import check_files, count_distinct
+from fiited_ray.data import DataError, check_files, count_distinct
 from fiited_ray.data.statistics import DistinctSketch
 
 
@@ -103,3 +103,18 @@ def test_only_the_rows_that_will_be_read_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", label=[0] * 5000, a=list(range(5000)))
     config = DataConfig(train=(path,), categorical=("a",))
     assert count_distinct(check_files((path,), config), config, max_rows=70) == pytest.approx([70], abs=2)
+
+
+def test_rows_that_are_not_in_the_order_of_time_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", label=[0, 1, 0], a=[1, 2, 1], t=[3, 1, 2])
+    config = DataConfig(train=(path,), categorical=("a",), time="t", reader="ray")
+    assert count_distinct(check_files((path,), config), config) == [2]
+
+
+def test_a_stretch_of_nothing_but_bad_rows_is_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", label=[7] * 65536 + [0, 1], a=[1] * 65536 + [2, 3])
+    config = DataConfig(train=(path,), categorical=("a",), bad_rows="skip")
+    files = check_files((path,), config)
+    assert count_distinct(files, config) == [2]
+    with pytest.raises(DataError, match=r"a\.parquet: data\.bad_rows=skip leaves out every one of 70 rows; take error to see"):
+        count_distinct(files, config, max_rows=70)
