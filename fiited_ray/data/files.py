@@ -166,19 +166,21 @@ def _is_id(kind: pa.DataType) -> bool:
 
 
 def is_sorted(files: Files, column: str) -> bool:
-    """Whether the files are in the order of a column: row-group statistics say no at once, only the column itself says yes."""
+    """Whether the files are in the order of a column; it is read until one of them is not.
+
+    Raises:
+        DataError: for a null in it.
+    """
     last: Any = None
     for path in files.paths:
         with pq.ParquetFile(path) as file:
-            for group, stats in enumerate(column_statistics(file.metadata, column)):
-                if stats is None or not stats.has_min_max or (last is not None and stats.min < last):
+            for group in range(file.num_row_groups):
+                values = file.read_row_group(group, columns=[column])[column].combine_chunks()
+                if values.null_count:
+                    raise DataError(f"{path}: column {column!r} (data.time) has {values.null_count} null; every row needs a time")
+                if len(values) and last is not None and values[0].as_py() < last:
                     return False
-                if not _group_sorted(file, group, column):
+                if len(values) > 1 and pc.any(pc.less(values.slice(1), values.slice(0, len(values) - 1))).as_py():
                     return False
-                last = stats.max
+                last = values[-1].as_py() if len(values) else last
     return True
-
-
-def _group_sorted(file: pq.ParquetFile, group: int, column: str) -> bool:
-    values = file.read_row_group(group, columns=[column])[column].combine_chunks()
-    return bool(len(values) < 2 or not pc.any(pc.less(values.slice(1), values.slice(0, len(values) - 1))).as_py())

@@ -261,6 +261,21 @@ def test_rows_of_one_time_keep_their_order_every_time_ray_sorts(ray_local: None,
         assert all_rows(ray_batches(whole_iterator(files, TIMED), TIMED, 16, 0, 1, total=ROWS)) == expected
 
 
+def test_files_without_statistics_are_in_order_where_their_times_are(tmp_path: Path) -> None:
+    for name, begin, end in (("a", 0, 40), ("b", 40, 60)):
+        pq.write_table(table(begin, end), tmp_path / f"{name}.parquet", row_group_size=16, write_statistics=False)
+    files = check_files((str(tmp_path),), TIMED)
+    assert is_sorted(files, "t")
+    assert not is_sorted(Files(files.paths[::-1], files.rows[::-1], False), "t")
+
+
+def test_a_null_time_is_found_without_statistics(tmp_path: Path) -> None:
+    times = pa.array([None if row == 21 else row for row in range(40)], pa.int64())
+    pq.write_table(table(0, 40).set_column(5, "t", times), tmp_path / "a.parquet", write_statistics=False)
+    with pytest.raises(DataError, match=r"a\.parquet: column 't' \(data\.time\) has 1 null; every row needs a time"):
+        is_sorted(check_files((str(tmp_path),), TIMED), "t")
+
+
 def test_a_null_time_is_refused_by_file_and_row(tmp_path: Path) -> None:
     times = [None if row == 21 else row for row in range(40)]
     pq.write_table(table(0, 40).set_column(5, "t", pa.array(times, pa.int64())), tmp_path / "a.parquet")
