@@ -57,6 +57,10 @@ FROM_METADATA = [
     ("embedding.dims=8", "FOLDER/config.yaml: unknown key embedding.dims; did you mean dim?"),
     ("train.workers=two", "FOLDER/config.yaml: train.workers: int wanted, not 'two'"),
     ("budget=much", "FOLDER/config.yaml: budget: cannot read 'much'; write bytes (67108864, 64MiB), a share"),
+    (
+        "data.test=FOLDER/text-ids.parquet",
+        "column 'user' is int64 in FOLDER/good.parquet, but string in FOLDER/text-ids.parquet: ids as text",
+    ),
     ("data.test=[]", "data.test is empty and train.progressive is false: nothing would be scored; set one of them"),
 ]
 FROM_A_LOOK = [
@@ -89,6 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("nan", age=[*ROWS["age"][:-1], float("nan")])
     write("label", label=[*ROWS["label"][:-1], 7])
     write("weights", seconds=[[0.5], *ROWS["seconds"][1:]])
+    write("text-ids", user=list(map(str, ROWS["user"])))
     pq.write_table(pa.table(ROWS).slice(0, 0), folder / "without-rows.parquet")
     (folder / "empty.parquet").write_bytes(b"")
     (folder / "text.parquet").write_text("label,age,user,tags")

@@ -80,6 +80,25 @@ def check_files(patterns: tuple[str, ...], config: DataConfig, role: str = "data
     return Files(tuple(str(Path(path).absolute()) for path in paths), tuple(rows), synthetic)
 
 
+def check_same_ids(files: Files, others: Files, config: DataConfig) -> None:
+    """Refuse id columns that hold text in one set of files and integers in the other: no id of one would be known in the other.
+
+    Raises:
+        DataError: naming column, files and types.
+    """
+    one, other = (pq.read_schema(each.paths[0]) for each in (files, others))  # files of a set have the same types
+    for name in [*config.scalar, *config.multi_hot]:
+        if name in config.bins:
+            continue
+        kinds = one.field(name).type, other.field(name).type
+        text, other_text = (_is_text(kind.value_type if name in config.multi_hot else kind) for kind in kinds)
+        if text != other_text:
+            raise DataError(
+                f"column {name!r} is {kinds[0]} in {files.paths[0]}, but {kinds[1]} in {others.paths[0]}: ids as text and as integers are "
+                "different ids; write the column as one type in all files"
+            )
+
+
 def column_statistics(metadata: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:
     """Statistics of a flat column by row group; None where the writer left them out."""
     groups = range(metadata.num_row_groups)
@@ -161,8 +180,14 @@ def _check_schema(path: str, schema: pa.Schema, config: DataConfig) -> None:
 def _is_id(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_id(kind.value_type)
-    strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    return strings or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether ids are text or bytes, which are hashed."""
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def is_sorted(files: Files, column: str) -> bool:

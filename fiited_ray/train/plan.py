@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fiited_ray.config import Config, ConfigError
 from fiited_ray.data.errors import DataError
-from fiited_ray.data.files import Files, check_files, is_sorted
+from fiited_ray.data.files import Files, check_files, check_same_ids, is_sorted
 from fiited_ray.methods import fixes_rows
 from fiited_ray.tracking_address import absolute_uri, check_address
 
@@ -49,7 +49,9 @@ def make_plan(config: Config, ids_by_table: list[int] | None = None) -> Plan:
         raise ConfigError("train.use_gpu: method qr numbers its rows on the CPU only; set it to false, or take method hash")
     files = check_files(config.data.train, config.data)
     test_files = check_files(config.data.test, config.data, "data.test") if config.data.test else None
-    if test_files is None and not config.train.progressive:
+    if test_files:
+        check_same_ids(files, test_files, config.data)
+    elif not config.train.progressive:
         raise ConfigError("data.test is empty and train.progressive is false: nothing would be scored; set one of them")
     for role, each in (("data.train", files), ("data.test", test_files)):
         if each and config.data.time and config.data.reader == "arrow" and not is_sorted(each, config.data.time):

@@ -11,7 +11,7 @@ import pytest
 
 from fiited_ray.config import Bin, DataConfig
 from fiited_ray.data import DataError, check_files
-from fiited_ray.data.files import SYNTHETIC_KEY
+from fiited_ray.data.files import SYNTHETIC_KEY, Files, check_same_ids
 
 ROWS = {"label": [0, 1], "age": [0.5, 1.5], "user": [7, 8], "tags": [["a"], []], "moment": [1, 2], "seconds": [[0.5], []]}
 CONFIG = DataConfig(categorical=("user",))
@@ -182,3 +182,37 @@ def test_a_time_column_with_nulls_is_refused_from_its_statistics(tmp_path: Path)
     path = write(tmp_path / "a.parquet", moment=[1, None])
     config = DataConfig(categorical=("user",), time="moment")
     assert refusal(path, config=config) == f"{path}: column 'moment' (data.time) has 1 null; every row needs a time"
+
+
+IDS = DataConfig(categorical=("user", "band"), multi_hot=("tags",), cross=(("user", "city"),), bins={"band": Bin("age", 1)})
+
+
+def two_sets(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> tuple[Files, Files]:
+    paths = write(folder / "train.parquet", **{"city": ["a", "b"]} | first), write(folder / "test.parquet", **{"city": ["a", "b"]} | second)
+    train, test = (check_files((path,), IDS) for path in paths)
+    return train, test
+
+
+@pytest.mark.parametrize(
+    ("column", "kinds", "first", "second"),
+    [
+        ("user", ("int64", "string"), [7, 8], ["7", "8"]),
+        ("user", ("binary", "bool"), [b"7", b"8"], [True, False]),
+        ("user", ("int64", "dictionary<values=string, indices=int32, ordered=0>"), [7, 8], pa.array(["7", "8"]).dictionary_encode()),
+        ("tags", ("list<element: string>", "list<element: int64>"), [["a"], []], [[1], []]),
+        ("city", ("string", "int64"), ["a", "b"], [1, 2]),
+    ],
+)
+def test_ids_of_another_kind_than_those_trained_on_are_refused(
+    tmp_path: Path, column: str, kinds: tuple[str, str], first: Any, second: Any
+) -> None:
+    train, test = two_sets(tmp_path, {column: first}, {column: second})
+    with pytest.raises(DataError) as caught:
+        check_same_ids(train, test, IDS)
+    message = f"column {column!r} is {kinds[0]} in {train.paths[0]}, but {kinds[1]} in {test.paths[0]}: ids as text and as integers"
+    assert str(caught.value).startswith(message)
+
+
+def test_ids_of_the_same_kind_in_another_type_are_taken(tmp_path: Path) -> None:
+    narrow = {"user": pa.array([7, 8], pa.int8()), "age": [1, 2], "tags": [[b"a"], []], "city": pa.array(["a", "b"]).dictionary_encode()}
+    check_same_ids(*two_sets(tmp_path, {}, narrow), IDS)
