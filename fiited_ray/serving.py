@@ -53,11 +53,28 @@ class Predictor:
         missing = [name for name in wanted if name not in rows.columns]
         if missing:
             raise DataError(f"no column {', '.join(map(repr, missing))} among those given: {', '.join(map(str, rows.columns))}")
-        table = self._with_whole_ids(pa.Table.from_pandas(rows[wanted], preserve_index=False))
+        table = self._with_whole_ids(self._with_types(pa.Table.from_pandas(rows[wanted], preserve_index=False)))
         table = table.append_column(self.config.label, pa.array([0] * len(rows), pa.int8()))  # the collator checks one; none is used
-        parts = [self._scores(table.slice(begin, _ROWS_AT_ONCE)) for begin in range(0, len(rows), _ROWS_AT_ONCE)]
+        batch = self._collate.strictly(table)  # a row cannot be left out: each has its prediction
+        ends = [min(begin + _ROWS_AT_ONCE, len(rows)) for begin in range(0, len(rows), _ROWS_AT_ONCE)]
+        parts = [torch.sigmoid(self._model.logits(each)) for each in batch.split(ends, len(self.config.features))]
         scores = torch.cat(parts) if parts else torch.empty(0)
         return pd.DataFrame({PREDICTION: scores.double().numpy()}, index=rows.index)
+
+    def _with_types(self, table: pa.Table) -> pa.Table:
+        """Columns of ids and lists with the type that Arrow cannot tell where nothing is in them, as in a request of one row."""
+        ids = [name for name in self.config.scalar if name not in self.config.bins]
+        types = dict.fromkeys(ids, pa.int64()) | dict.fromkeys(self.config.multi_hot, pa.list_(pa.int64()))
+        for name, kind in (types | dict.fromkeys(self.config.weights.values(), pa.list_(pa.float32()))).items():
+            column = table[name]
+            if column.null_count == len(column):
+                typed = pa.nulls(len(column), kind)
+            elif pa.types.is_list(column.type) and pa.types.is_null(column.type.value_type):
+                typed = column.cast(kind)
+            else:
+                continue
+            table = table.set_column(table.schema.get_field_index(name), name, typed)
+        return table
 
     def _with_whole_ids(self, table: pa.Table) -> pa.Table:
         """Integer ids that pandas holds as float64, because some are missing, as integers again."""
@@ -71,9 +88,6 @@ class Predictor:
                 raise DataError(f"column {name!r}, row {row}: {values[row]} is not an integer; ids are integers or strings")
             table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64(), from_pandas=True, safe=False))
         return table
-
-    def _scores(self, table: pa.Table) -> torch.Tensor:
-        return torch.sigmoid(self._model.logits(self._collate(table, "rows")))
 
 
 def input_columns(config: DataConfig) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow.pyfunc
 import numpy as np
@@ -24,6 +25,7 @@ from fiited_ray.checkpoint import Folder, FolderPublisher, Saver
 from fiited_ray.config import Bin, Budget, Config, DataConfig, EmbeddingConfig, ModelConfig, TrackingConfig, TrainConfig
 from fiited_ray.coordinator import LocalDecider
 from fiited_ray.data import Batch, DataError, check_files, parquet_batches
+from fiited_ray.data.collate import Collator
 from fiited_ray.exchange import Solo
 from fiited_ray.serving import Predictor
 from fiited_ray.tracked_data import files_digest, inputs_of
@@ -167,6 +169,26 @@ def test_an_id_that_is_no_integer_is_refused_by_its_row(logged: Logged) -> None:
     rows.loc[3, "user"] = 2.5
     with pytest.raises(DataError, match=r"column 'user', row 3: 2\.5 is not an integer"):
         Predictor(logged.folder).predict(rows)
+
+
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+def test_a_bad_row_is_refused_by_its_number_in_the_request_whatever_training_did_with_bad_rows(logged: Logged, bad_rows: str) -> None:
+    predictor = Predictor(logged.folder)
+    predictor._collate = Collator(dataclasses.replace(predictor.config, bad_rows=bad_rows))
+    rows = pd.concat([given_rows(logged)] * 30, ignore_index=True)
+    rows.loc[17_000, "price"] = np.inf
+    with pytest.raises(DataError, match=r"column 'price', row 17000: inf"):
+        predictor.predict(rows)
+
+
+@pytest.mark.parametrize("missing", [{"words": None}, {"words": []}, {"words": np.nan}, {"user": None}, {"city": None}], ids=str)
+def test_a_row_alone_that_misses_a_value_is_scored_as_among_others(logged: Logged, missing: dict[str, Any]) -> None:
+    rows = given_rows(logged)[:2].astype({"user": object})
+    for name, value in missing.items():
+        rows[name] = pd.Series([value, rows[name][1]], dtype=object)
+    predictor = Predictor(logged.folder)
+    alone, among = predictor.predict(rows[:1]), predictor.predict(rows)
+    np.testing.assert_allclose(alone["probability"][0], among["probability"][0], rtol=1e-6)
 
 
 def test_the_example_is_the_first_rows_of_the_test_data(logged: Logged) -> None:
