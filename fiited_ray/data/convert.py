@@ -184,7 +184,7 @@ def convert(
     Args:
         split: share of the last rows that become the test set, or "last-day" (Avazu).
         max_rejected: largest share of non-blank lines that may be unreadable.
-        max_rows: stop after so many rows.
+        max_rows: stop after so many rows; what lies behind the last of them is not looked at.
         part_rows: rows of one output file; beyond that, train.parquet is a folder of parts.
 
     Raises:
@@ -195,6 +195,8 @@ def convert(
         raise DataError("--split last-day: only Avazu's lines have a time; give a share such as 0.1")
     if not by_day and not 0 <= float(split) < 1:
         raise DataError(f"--split {split}: a share of at least 0 and below 1 is wanted")
+    if max_rows is not None and max_rows < 1:
+        raise DataError(f"--max-rows {max_rows}: at least 1 is wanted")
     for path in inputs:
         if not path.is_file():
             raise DataError(f"{path}: {'a folder; name the files in it' if path.is_dir() else 'no such file'}")
@@ -203,9 +205,7 @@ def convert(
     with SplitWriter(folder, part_rows) as writer:
         for path in inputs:
             for block in read_blocks(path, progress, lambda: writer.rows, block_bytes):
-                table = _table(block, form, report)
-                if max_rows is not None:
-                    table = table.slice(0, max_rows - writer.rows)
+                table = _table(block, form, report, None if max_rows is None else max_rows - writer.rows)
                 if by_day:
                     days.see(path, table, writer.rows)
                 writer.write(table)
@@ -221,8 +221,8 @@ def convert(
     return report
 
 
-def _table(block: Block, form: Format, report: Report) -> pa.Table:
-    """The readable rows of a block; the others are counted in the report."""
+def _table(block: Block, form: Format, report: Report, most: int | None) -> pa.Table:
+    """The readable rows of a block, the first `most` where so many are there; the other lines up to the last are counted in the report."""
     counts, starts, ends = block.fields(form.separator, form.columns)
     if block.first_line == 1:
         begun = form.begin(block, counts)
@@ -233,21 +233,20 @@ def _table(block: Block, form: Format, report: Report) -> pa.Table:
     right = counts == form.columns
     unreadable = block.not_utf8()
     columns, wrong = form.parse(block.content, starts, ends)
-    report.blank += int(blank.sum())
     good = right & ~unreadable
-
-    def reject(reason: str, lines: Mask) -> None:
-        if lines.any():
-            report.rejected[reason] += int(lines.sum())
-            report.examples.setdefault(reason, f"{block.path}, line {block.first_line + int(lines.argmax())}")
-
-    reject("bad UTF-8", unreadable)
-    reject("wrong number of columns", ~right & ~blank & ~unreadable)
+    faults = [("bad UTF-8", unreadable), ("wrong number of columns", ~right & ~blank & ~unreadable)]
     for reason, rows in wrong:
         lines = np.zeros(len(right), bool)
         lines[right] = rows
-        reject(reason, lines & good)
+        faults.append((reason, lines & good))
         good &= ~lines
+    behind = len(good) if most is None or good.sum() < most else int(np.flatnonzero(good)[most - 1]) + 1
+    good[behind:] = False
+    report.blank += int(blank[:behind].sum())
+    for reason, lines in faults:
+        if lines[:behind].any():
+            report.rejected[reason] += int(lines[:behind].sum())
+            report.examples.setdefault(reason, f"{block.path}, line {block.first_line + int(lines.argmax())}")
     table = pa.table(columns)
     return table if good.all() else table.filter(pa.array(good[right]))
 

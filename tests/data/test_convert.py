@@ -298,6 +298,19 @@ def test_files_are_taken_in_the_order_given_and_the_last_rows_are_the_test(tmp_p
     assert (done.train_rows, done.test_rows) == (45, 15)
 
 
+@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+def test_lines_behind_the_last_row_wanted_are_not_looked_at(tmp_path: Path, block_bytes: int) -> None:
+    lines = [criteo_line(), b"broken", b"", criteo_line("1"), b"broken", b"", criteo_line()]
+    report, rows = criteo(tmp_path, *lines, max_rows=2, max_rejected=0.4, split=0, block_bytes=block_bytes)
+    assert rows["label"].to_pylist() == [0, 1]
+    assert (report.rejected, report.blank) == ({"wrong number of columns": 1}, 1)
+
+
+def test_no_rows_at_all_cannot_be_wanted(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^--max-rows 0: at least 1 is wanted$"):
+        criteo(tmp_path, criteo_line(), max_rows=0)
+
+
 def test_a_test_share_of_all_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a share of at least 0 and below 1 is wanted"):
         criteo(tmp_path, criteo_line(), split=1.0)
