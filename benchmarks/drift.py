@@ -189,7 +189,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         spec = SyntheticSpec(arguments.rows, test_share=0.0, drift=arguments.drift, preference_drift=arguments.preference_drift)
-        train_file, _ = write_synthetic(Path(folder), spec)
+        train_file, *_ = write_synthetic(Path(folder), spec)
         settings = [
             f"data.train={train_file}",
             "data.test=[]",

@@ -291,7 +291,7 @@ def main() -> int:
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         if {"train", "wire", "constants"} & set(arguments.parts):
-            path, _ = write_synthetic(Path(folder), SPEC)
+            path, *_ = write_synthetic(Path(folder), SPEC)
             config = configuration(str(path), Case("strong", 1, GLOBAL, None))
             ids = sum(count_distinct(check_files(config.data.train, config.data), config.data))
         for part in arguments.parts:

@@ -82,8 +82,11 @@ class SyntheticSpec:
         return max(min(CARDINALITIES[column], 100), int(CARDINALITIES[column] * min(1.0, self.rows / _CRITEO_ROWS * 2)))
 
 
-def write_synthetic(folder: Path, spec: SyntheticSpec) -> tuple[Path, Path]:
-    """Write train.parquet and test.parquet in time order, or nothing at all; memory stays that of one block. Returns their paths.
+def write_synthetic(folder: Path, spec: SyntheticSpec) -> tuple[Path, ...]:
+    """Write train.parquet and test.parquet in time order, or nothing at all; memory stays that of one block.
+
+    Returns:
+        the paths of what was written: a set of no rows is not.
 
     Raises:
         DataError: when the folder cannot be written, or already holds one of them.
@@ -92,8 +95,7 @@ def write_synthetic(folder: Path, spec: SyntheticSpec) -> tuple[Path, Path]:
     with SplitWriter(folder, part_rows=max(train_rows, spec.rows - train_rows)) as writer:
         for table in _blocks(spec):
             writer.write(table)
-        writer.publish(train_rows)
-    return folder / "train.parquet", folder / "test.parquet"
+        return tuple(writer.publish(train_rows))
 
 
 def _schema() -> pa.Schema:

@@ -42,6 +42,10 @@ def test_the_last_rows_are_the_test_and_time_runs_through(tmp_path: Path) -> Non
     assert [*train["time"].to_pylist(), *test["time"].to_pylist()] == list(range(1000))
 
 
+def test_a_set_without_rows_is_neither_written_nor_named(tmp_path: Path) -> None:
+    assert write_synthetic(tmp_path, SyntheticSpec(rows=100, test_share=0)) == (tmp_path / "train.parquet",)
+
+
 def test_files_are_marked_as_synthetic(tmp_path: Path) -> None:
     for path in write_synthetic(tmp_path, SyntheticSpec(rows=500)):
         assert SYNTHETIC_KEY in pq.read_schema(path).metadata

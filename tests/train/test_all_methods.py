@@ -19,7 +19,7 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, int | None]]:
-    train, _ = write_synthetic(tmp_path_factory.mktemp("synthetic"), SyntheticSpec(rows=20_000, test_share=0.0))
+    train, *_ = write_synthetic(tmp_path_factory.mktemp("synthetic"), SyntheticSpec(rows=20_000, test_share=0.0))
     data = DataConfig(train=(str(train),), dense=("d0",), categorical=("c0", "c2", "c3"), multi_hot=("c25",), cross=(("c5", "c7"),))
     config = Config(
         data=data,

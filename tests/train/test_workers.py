@@ -19,7 +19,7 @@ UNTIPPED = 60  # steps, some rounds among them
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("synthetic")
-    train, _ = write_synthetic(folder, SyntheticSpec(rows=60_000, test_share=0.01))
+    train, *_ = write_synthetic(folder, SyntheticSpec(rows=60_000, test_share=0.01))
     data = DataConfig(
         train=(str(train),),
         dense=tuple(f"d{at}" for at in range(13)),
@@ -93,7 +93,7 @@ def test_narrow_rows_send_fewer_bytes(of_two: dict[str, list[dict]]) -> None:
 def test_a_tail_batch_smaller_than_the_workers_is_learned_from_and_nobody_hangs(config: Config, tmp_path: Path) -> None:
     data = dataclasses.replace(config.data)
     short = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, workers=3, batch_size=6000, max_steps=None))
-    train, _ = write_synthetic(tmp_path, SyntheticSpec(rows=6002, test_share=0.0))
+    train, *_ = write_synthetic(tmp_path, SyntheticSpec(rows=6002, test_share=0.0))
     short = dataclasses.replace(short, data=dataclasses.replace(short.data, train=(str(train),)))
     results = run_workers.run(short, None, 3)
     assert len(results[0]["losses"]) == 2

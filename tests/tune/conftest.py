@@ -60,7 +60,7 @@ def small_config(folder: Path, train: Path, test: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     """Training and test file."""
     return write_synthetic(tmp_path_factory.mktemp("clicks"), SyntheticSpec(rows=8000))
 
