@@ -100,6 +100,13 @@ def test_files_out_of_time_order_are_refused_before_anything_starts_unless_ray_s
     make_plan(dataclasses.replace(turned, data=dataclasses.replace(data, reader="ray")))
 
 
+def test_the_plan_says_how_many_rows_are_trained_on(config: Config) -> None:
+    plan = make_plan(dataclasses.replace(config, budget=Budget(bytes=1 << 20)))
+    assert plan.describe().startswith("training rows 36,000 (synthetic), embedding budget 1.00 MiB")
+    fewer = dataclasses.replace(plan, config=config.with_settings({"data.max_rows": 1000}))
+    assert fewer.describe().startswith("training rows 1,000 of 36,000 (synthetic), embedding budget 1.00 MiB")
+
+
 def test_the_summary_tells_what_a_person_wants_to_know(finished: tuple[Plan, Outcome, list[str]]) -> None:
     plan, outcome, _ = finished
     text = summary(plan, outcome)

@@ -25,7 +25,9 @@ class Plan:
 
     def describe(self) -> str:
         budget = "none" if self.budget_bytes is None else f"{self.budget_bytes / 2**20:.2f} MiB"
-        lines = [f"training rows {self.files.total_rows:,}{' (synthetic)' if self.files.synthetic else ''}, embedding budget {budget}"]
+        rows, all_rows = self.files.first_rows(self.config.data.max_rows), self.files.total_rows
+        of = "" if rows == all_rows else f" of {all_rows:,}"
+        lines = [f"training rows {rows:,}{of}{' (synthetic)' if self.files.synthetic else ''}, embedding budget {budget}"]
         if self.dense_equivalent_bytes is not None:
             share = (self.budget_bytes or 0) / self.dense_equivalent_bytes
             lines.append(
