@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,10 +15,12 @@ from fiited_ray.policy import bin_edges, width_of
 
 MIB = 2**20
 # Okabe and Ito's palette, told apart with any colour vision
-BLUE, ORANGE, GREEN, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#999999"
+BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999"
 _SHADES = colormaps["YlGnBu"]  # few to many dimensions
 _GROUP = 8  # bins drawn as one, a quarter of an octave
 _PARTS = {"payload": BLUE, "optimizer": SKY, "index": ORANGE, "sketch": GREEN, "slack": GREY}
+# data, or wait where it is read and routed ahead; both where a resume changed that
+_PHASES = {"data": GREY, "wait": PURPLE, "route": ORANGE, "gather": SKY, "model": BLUE, "update": GREEN, "round": RED}
 
 _IMPORTANCE = {
     "frequency_x_norm": "decayed sum of frequency x gradient norm",
@@ -30,19 +33,18 @@ Series = Mapping[str, Sequence[float]]
 
 
 def bytes_over_time(steps: Sequence[int], values: Series, title: str) -> Figure:
-    """Allocated bytes by part, stacked, below the budget."""
+    """Allocated bytes by part, stacked, below the budget that is in force at the last step."""
     figure, axes = _figure(f"Embedding bytes by part{title}", "step", "MiB")
     stacks = [np.asarray(values[f"bytes/{part}"]) / MIB for part in _PARTS]
     names = [f"{part} {stack[-1]:,.1f} MiB" for part, stack in zip(_PARTS, stacks, strict=True)]
     axes.stackplot(steps, stacks, labels=names, colors=list(_PARTS.values()), alpha=0.9)
-    if "bytes/budget" in values:
-        axes.axhline(
-            values["bytes/budget"][-1] / MIB, color=RED, linestyle="--", label=f"budget {values['bytes/budget'][-1] / MIB:,.1f} MiB"
-        )
+    budget = values["bytes/budget"][-1] / MIB if "bytes/budget" in values else math.nan
+    if not math.isnan(budget):  # as it is where a resume gave it up
+        axes.axhline(budget, color=RED, linestyle="--", label=f"budget {budget:,.1f} MiB")
     dense, total = values["bytes/dense_equivalent"][-1] / MIB, float(np.sum(stacks, 0)[-1])
     text = f"{total:,.1f} MiB in all; full-width tables for the ids seen: {dense:,.1f} MiB ({total / max(dense, 1e-9):.1%})"
     axes.text(0.01, 0.97, text, transform=axes.transAxes, va="top", fontsize=9)
-    axes.set_ylim(0, 1.2 * max(max(np.sum(stacks, 0)), values["bytes/budget"][-1] / MIB if "bytes/budget" in values else 0))
+    axes.set_ylim(0, 1.2 * float(np.nanmax([*np.sum(stacks, 0), budget])))
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # in the order of the stack
     return figure
@@ -160,10 +162,9 @@ def hit_rate(steps: Sequence[int], values: Series, title: str) -> Figure:
 def time_by_phase(steps: Sequence[int], values: Series, title: str) -> Figure:
     """Milliseconds a step spends in each phase, on rank 0."""
     figure, axes = _figure(f"Time by phase{title}", "step", "ms per step")
-    order = ("time/data", "time/wait", "time/route", "time/gather", "time/model", "time/update", "time/round")
-    phases = [name for name in order if name in values]  # data, or wait where it is read and routed ahead
-    stacks = [1000 * np.nan_to_num(np.asarray(values[name])) for name in phases]
-    axes.stackplot(steps, stacks, labels=[name.removeprefix("time/") for name in phases], colors=[GREY, ORANGE, SKY, BLUE, GREEN, RED])
+    phases = [phase for phase in _PHASES if f"time/{phase}" in values]
+    stacks = [1000 * np.nan_to_num(np.asarray(values[f"time/{phase}"])) for phase in phases]
+    axes.stackplot(steps, stacks, labels=phases, colors=[_PHASES[phase] for phase in phases])
     axes.set_ylim(0, 1.25 * float(np.quantile(np.sum(stacks, 0), 0.9)))  # the first steps wait for the data to start
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure

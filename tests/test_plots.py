@@ -61,3 +61,15 @@ def test_a_plot_says_what_it_shows(figure: Figure, wanted: list[str]) -> None:
 
 def test_an_empty_histogram_can_be_drawn() -> None:
     assert "rows per octave" in texts(plots.importance_histogram(np.zeros(2048, np.int64), 0.0, (1.0,), 4, "norm", ""))
+
+
+def test_what_a_resume_gave_up_or_changed_leaves_no_budget_and_a_gap() -> None:
+    gone, new = [0.01, 0.02, float("nan")], [float("nan")] * 2 + [0.01]
+    values = VALUES | {"bytes/budget": [2.0**24, 2.0**24, float("nan")], "time/data": gone, "time/wait": new}
+    bytes_, time = plots.bytes_over_time(STEPS, values, ""), plots.time_by_phase(STEPS, values, "")
+    assert "budget" not in texts(bytes_)
+    assert bytes_.axes[0].get_ylim()[1] == pytest.approx(1.2 * 10)
+    assert "data" in texts(time)
+    assert "wait" in texts(time)
+    colours = [tuple(each.get_facecolor()[0]) for each in time.axes[0].collections]
+    assert len(set(colours)) == len(colours) == 7

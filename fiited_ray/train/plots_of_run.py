@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def log_plots(writer: RunWriter, worker: Worker, final: dict[str, float], synthetic: bool) -> None:
     """Draw and log the plots of a finished run; says so where the data are synthetic."""
     history, config = worker.history, worker.config
-    steps, values = history.steps, history.values
+    steps, values = history.steps, history.at_all_steps()
     title = " (synthetic data)" if synthetic else ""
     writer.figure("plots/bytes.png", plots.bytes_over_time(steps, values, title))
     writer.figure("plots/quality.png", plots.quality_over_time(steps, values, final, title))

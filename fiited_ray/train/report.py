@@ -73,15 +73,21 @@ class History:
 
     reported: int = 0  # steps whose loss has been reported
     steps: list[int] = field(default_factory=list)
-    values: dict[str, array[float]] = field(default_factory=dict)  # of doubles: 8 bytes a number, where a list's take 32
+    # Of doubles: 8 bytes a number, where a list's take 32. A name that the latest reports lack ends with the last one that had it.
+    values: dict[str, array[float]] = field(default_factory=dict)
     widths: list[np.ndarray] = field(default_factory=list)  # rows by table and width, int64 [tables, chunks], at the same steps
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, since this worker began
     importance: tuple[float, np.ndarray] | None = None  # threshold and rows by importance bin, at the last round
 
     @property
     def last(self) -> dict[str, float]:
-        """The latest values."""
-        return {name: series[-1] for name, series in self.values.items()}
+        """The latest report."""
+        return {name: series[-1] for name, series in self.values.items() if len(series) == len(self.steps)}
+
+    def at_all_steps(self) -> dict[str, array[float]]:
+        """Values by name, [steps] each; NaN at steps whose report lacked the name: its last ones after a resume with other settings."""
+        lacking = array("d", [float("nan")])
+        return {name: series + lacking * (len(self.steps) - len(series)) for name, series in self.values.items()}
 
     def add_seconds(self, phases: Mapping[str, float]) -> None:
         """Add seconds by phase to those of the run."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from small_runs import BATCHES, BUDGET, batches, config, differences, folders, opened, resumed, run, solo, state_of
 
 from fiited_ray.checkpoint import Folder, FolderPublisher, Saver, open_checkpoint, restore
 from fiited_ray.config import ConfigError
 from fiited_ray.data import Batch
+from fiited_ray.run_writer import RunWriter
 from fiited_ray.store import VhpiShard
 from fiited_ray.store.shard import ShardStats
 from fiited_ray.train.loop import train
+from fiited_ray.train.plots_of_run import log_plots
 from fiited_ray.train.rounds import fit_budget
 
 TIMED = ("time/", "time_of_run/", "ahead/", "speed/", "checkpoint/stopped_s")
@@ -59,6 +63,28 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
     worker = resumed(folders(tmp_path / "short")[-1], config(steps=40))
     run(worker, tmp_path / "more")
     assert differences(state_of(long), state_of(worker)) == []
+
+
+def test_a_run_that_goes_on_without_its_budget_and_with_overlap_tells_and_draws_what_is_in_force(tmp_path: Path) -> None:
+    run(solo(config(steps=30)), tmp_path / "before")
+    worker = resumed(folders(tmp_path / "before")[-1], config(steps=40, train={"overlap": 1}), None)
+    results = run(worker, tmp_path / "after")
+    assert {"time/wait", "bytes/total"} <= results.keys()
+    assert not {"time/data", "bytes/budget"} & results.keys()
+    drawn = Drawn()
+    log_plots(drawn, worker, results, False)
+    assert set(drawn.names) >= {"plots/bytes.png", "plots/time.png", "plots/quality.png"}
+
+
+class Drawn(RunWriter):
+    """A writer that draws its figures and keeps their names."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def figure(self, name: str, figure: Figure) -> None:
+        figure.savefig(io.BytesIO())
+        self.names.append(name)
 
 
 def test_the_position_in_the_data_is_that_of_the_next_batch(tmp_path: Path) -> None:
