@@ -25,11 +25,10 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from fiited_ray.tracking import metric_safe, redacting
+from fiited_ray.tracking import METRICS_AT_ONCE, metric_safe, redacting
 from fiited_ray.tracking_address import RunRef
 
 _log = logging.getLogger(__name__)
-_METRICS_AT_ONCE = 1000
 _LONGEST_PAUSE = 30.0  # seconds between two tries
 # What trying again does not mend. A server that is away is an INTERNAL_ERROR in MLflow's words.
 _FINAL = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_STATE"}
@@ -119,8 +118,8 @@ class RunWriter:
         step, told = int(entry["step"]), self._told
         fresh = {name: value for name, value in entry["values"].items() if told.get(name, -1) < step}
         metrics = [Metric(name, value, int(entry["time"]), step) for name, value in fresh.items()]
-        for begin in range(0, len(metrics), _METRICS_AT_ONCE):  # a second try of the same values is no second point: they are its key
-            self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + _METRICS_AT_ONCE])
+        for begin in range(0, len(metrics), METRICS_AT_ONCE):  # a second try of the same values is no second point: they are its key
+            self._client.log_batch(self.ref.run_id, metrics=metrics[begin : begin + METRICS_AT_ONCE])
         told |= dict.fromkeys(fresh, step)
         with self._lock:
             self._waiting -= 1

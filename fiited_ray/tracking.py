@@ -5,14 +5,16 @@ Every call names its store: there is no global MLflow state. Metric names are st
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import DatasetInput, LifecycleStage, Param
+from mlflow.entities import DatasetInput, LifecycleStage, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
@@ -22,6 +24,7 @@ from fiited_ray.config import Config, ConfigError
 from fiited_ray.credentials import redact, scrub
 from fiited_ray.tracking_address import SQLITE, RunRef, absolute_uri, check_address
 
+METRICS_AT_ONCE = 1000
 _PARAMS_AT_ONCE = 100
 _LONGEST_PARAM = 6000
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI then shows pages for training, not for language models
@@ -90,6 +93,22 @@ def describe(ref: RunRef, text: str) -> None:
     """Show a text, in Markdown, as the run's description on its page."""
     with redacting(ref.uri):
         MlflowClient(ref.uri).set_tag(ref.run_id, MLFLOW_RUN_NOTE, text)
+
+
+def replace_metrics(ref: RunRef, step: int, values: Mapping[str, float]) -> None:
+    """Make these a run's metrics, at this step or the one after all it has: MLflow shows a metric's value of the highest step.
+
+    It deletes no metric: one that is not among these becomes NaN.
+    """
+    with redacting(ref.uri):
+        client = MlflowClient(ref.uri)
+        before = client.get_run(ref.run_id).data.metrics
+        steps = [each.step for name in before for each in client.get_metric_history(ref.run_id, name)]
+        step, now = max([step, *(1 + each for each in steps)]), int(time.time() * 1000)
+        new = {metric_safe(name): value for name, value in values.items() if not math.isnan(value)}
+        metrics = [Metric(name, value, now, step) for name, value in (dict.fromkeys(before, math.nan) | new).items()]
+        for begin in range(0, len(metrics), METRICS_AT_ONCE):
+            client.log_batch(ref.run_id, metrics=metrics[begin : begin + METRICS_AT_ONCE])
 
 
 def finish(ref: RunRef, status: str) -> None:

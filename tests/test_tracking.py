@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,23 @@ def test_a_run_holds_its_parameters_tags_metrics_and_artifacts(config: Config) -
     text = Path(client.download_artifacts(ref.run_id, "config.yaml")).read_text()
     assert "experiment: some experiment" in text
     assert [each.path for each in client.list_artifacts(ref.run_id, "plots")] == ["plots/some.png"]
+
+
+def test_metrics_that_replace_others_are_the_runs_whatever_their_step_and_those_they_lack_are_undefined(config: Config) -> None:
+    ref = tracking.create_run(config, {})
+    tracking.replace_metrics(ref, 176, {"eval/auc": 0.80, "rows/width_2": 5.0, "rows/table/a x b": 3.0})
+    tracking.replace_metrics(ref, 176, {"eval/auc": 0.78, "rows/table/a x b": 2.0, "train/auc": float("nan")})
+    client = mlflow.MlflowClient(ref.uri)
+    metrics = client.get_run(ref.run_id).data.metrics
+    assert math.isnan(metrics.pop("rows/width_2"))
+    assert metrics == {"eval/auc": 0.78, "rows/table/a x b": 2.0}
+    tracking.replace_metrics(ref, 20, {"eval/auc": 0.79})
+    assert client.get_run(ref.run_id).data.metrics["eval/auc"] == 0.79
+    assert [(each.step, each.value) for each in client.get_metric_history(ref.run_id, "eval/auc")] == [
+        (176, 0.80),
+        (177, 0.78),
+        (178, 0.79),
+    ]
 
 
 def test_a_page_says_who_made_the_run_with_what_and_how_it_went(config: Config) -> None:

@@ -16,7 +16,6 @@ import ray.tune
 from fiited_ray import tracking
 from fiited_ray.config import Config, ConfigError
 from fiited_ray.fitting import settle
-from fiited_ray.run_writer import RunWriter
 from fiited_ray.tracked_data import data_digest, inputs_of
 from fiited_ray.tracked_model import log_model
 from fiited_ray.tracking_address import RunRef, absolute_uri
@@ -241,9 +240,7 @@ def _conclude(question: Question, keeper: Keeper, plan: Plan, parent: RunRef) ->
         files.append("best.yaml")
         _log_best(keeper.shared, found.best, parent)
         # charts of runs that are not unfolded show the sweep as the trial it found
-        writer = RunWriter(parent, question.base.tracking.patience_seconds)
-        writer.metrics(int(found.best.metrics["step"]), found.best.metrics)
-        writer.close()
+        tracking.replace_metrics(parent, int(found.best.metrics["step"]), found.best.metrics)
     tracking.upload(parent, [folder.path / name for name in files])
     tracking.describe(parent, f"{found.sentence}\n\n{text}")
     return Outcome(found, text, tuple(trials), folder.path, parent)

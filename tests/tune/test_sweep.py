@@ -29,8 +29,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from fiited_ray import tracking
 from fiited_ray.config import Config, load
+from fiited_ray.tracked_data import data_digest
 from fiited_ray.train.plan import make_plan
 from fiited_ray.tune.measure import Measure
+from fiited_ray.tune.records import Folder, Trial, trial_digest
 from fiited_ray.tune.scheduler import AshaByBudget
 from fiited_ray.tune.space import parse_budgets, parse_vary, settings_of
 from fiited_ray.tune.sweep import Grid, Outcome, Question, Search
@@ -165,6 +167,23 @@ def test_a_search_reports_scores_on_the_way_and_begins_with_what_is_known(base: 
     assert [line for line in lines if "known from before" in line]
     history = MlflowClient(outcome.run.uri).get_metric_history(new.run_id, "eval/auc")
     assert len({each.step for each in history}) >= 4  # at each quarter, by which ASHA decides
+
+
+def test_a_sweep_that_is_asked_again_shows_the_metrics_of_its_newest_answer(base: Config, ray_local: None) -> None:
+    base = base.with_settings({"name": "asked-twice"})
+    digest = data_digest(make_plan(base.with_settings(settings_of("full", ""))))
+    folder = Folder.open(base, digest)
+    large, small = settings_of("fiited", "50%"), settings_of("fiited", "40%")
+    of_large = {"step": 176.0, "eval/auc": 0.79, "bytes/total": 500.0, "parameters/kept_share": 0.5, "rows/width_2": 8.0}
+    of_small = {"step": 88.0, "eval/auc": 0.70, "bytes/total": 250.0, "parameters/kept_share": 0.3}
+    for settings, metrics in ((large, of_large), (small, of_small)):
+        folder.write(trial_digest(base.with_settings(settings), digest), Trial(settings, "finished", metrics))
+    for drop, best, metrics in ((0.02, large, of_large), (0.2, small, of_small)):
+        outcome = run_sweep(Question(base, Grid((large, small)), Measure("auc", "eval", drop), baseline=0.8), SILENT)
+        assert outcome.answer.best is not None
+        assert outcome.answer.best.settings == best
+        shown = MlflowClient(outcome.run.uri).get_run(outcome.run.run_id).data.metrics
+        assert {name: value for name, value in shown.items() if value == value} == metrics
 
 
 def test_a_trial_is_stopped_early_only_by_trials_of_like_budget() -> None:
