@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import DatasetInput, LifecycleStage, Metric, Param
+from mlflow.entities import DatasetInput, LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
@@ -51,9 +51,7 @@ def create_run(
     with redacting(uri, ConfigError):
         client = MlflowClient(uri)
         experiment = _experiment(client, uri, config.tracking.experiment)
-        shown = resolve_tags()  # user, program and commit, as MLflow shows them
-        tags = {**shown, "fiited_ray.version": package_version("fiited-ray"), **tags}
-        run = client.create_run(experiment, run_name=name or config.name, tags=tags)
+        run = client.create_run(experiment, run_name=name or config.name, tags=_all_tags(tags))
         ref = RunRef(uri, experiment, run.info.run_id)
         if params is None:  # without the name, which is the run's own: the UI would compare runs by it
             flat = config.flat() | {"tracking.uri": redact(uri)}
@@ -72,6 +70,8 @@ def open_run(
 ) -> RunRef:
     """Go on writing to a run that an earlier job began; make a new one where there is none, or not in this store.
 
+    Tags, data sets and `config.yaml` become those of now; parameters stay as they were first logged, for MLflow changes none.
+
     Raises:
         ConfigError: when the tracking store cannot be reached.
     """
@@ -85,6 +85,10 @@ def open_run(
             except MlflowException:
                 return create_run(config, tags, inputs, name)
             client.update_run(run_id, status="RUNNING")
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _all_tags(tags).items()])
+            client.log_text(run_id, config.to_yaml(), "config.yaml")
+            if inputs:
+                client.log_inputs(run_id, list(inputs))  # those that it has are not added again
         return RunRef(uri, str(run.info.experiment_id), run_id)
     return create_run(config, tags, inputs, name)
 
@@ -180,6 +184,11 @@ def redacting(uri: str, error: type[Exception] = RuntimeError) -> Iterator[None]
     except (MlflowException, SQLAlchemyError, ImportError, ValueError) as raised:
         text = scrub(str(raised), uri) or f"{type(raised).__name__}; its words would tell the password and are left out"
         raise error(f"tracking.uri {redact(uri)}: {text}") from None
+
+
+def _all_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """With user, program and commit, as MLflow shows them."""
+    return {**resolve_tags(), "fiited_ray.version": package_version("fiited-ray"), **tags}
 
 
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:

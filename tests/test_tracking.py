@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import traceback
 from dataclasses import replace
@@ -10,9 +11,11 @@ from pathlib import Path
 import mlflow
 import pytest
 from matplotlib.figure import Figure
+from mlflow.entities import Dataset, DatasetInput, InputTag
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from fiited_ray import tracking
-from fiited_ray.config import Config, ConfigError, DataConfig, TrackingConfig
+from fiited_ray.config import Config, ConfigError, DataConfig, TrackingConfig, load
 from fiited_ray.run_writer import RunWriter
 from fiited_ray.tracking_address import RunRef, absolute_uri
 
@@ -61,6 +64,28 @@ def test_metrics_that_replace_others_are_the_runs_whatever_their_step_and_those_
         (177, 0.78),
         (178, 0.79),
     ]
+
+
+def test_a_run_that_goes_on_with_other_settings_has_the_tags_and_the_configuration_in_force(config: Config) -> None:
+    def data(path: str, role: str) -> DatasetInput:
+        return DatasetInput(
+            Dataset(role, f"digest of {path}", "local", json.dumps({"uri": path})), [InputTag(MLFLOW_DATASET_CONTEXT, role)]
+        )
+
+    first = [data("train.parquet", "training"), data("test.parquet", "evaluation")]
+    ref = tracking.create_run(config, {"budget": str(config.budget), "sweep": "some"}, first)
+    tracking.finish(ref, "KILLED")
+    changed = config.with_settings({"budget": "25%", "embedding.lr": 0.5})
+    again = [data("train.parquet", "training"), data("other.parquet", "evaluation")]
+    assert tracking.open_run(changed, {"budget": str(changed.budget)}, ref.run_id, again) == ref
+    client = mlflow.MlflowClient(ref.uri)
+    run = client.get_run(ref.run_id)
+    assert run.info.status == "RUNNING"
+    assert {"budget": "25%", "sweep": "some"}.items() <= run.data.tags.items()
+    assert load(client.download_artifacts(ref.run_id, "config.yaml")) == changed
+    assert run.data.params["budget"] == "6.25%"
+    digests = sorted(each.dataset.digest for each in run.inputs.dataset_inputs)
+    assert digests == ["digest of other.parquet", "digest of test.parquet", "digest of train.parquet"]
 
 
 def test_a_page_says_who_made_the_run_with_what_and_how_it_went(config: Config) -> None:
