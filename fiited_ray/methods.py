@@ -14,9 +14,14 @@ This module is light: it is imported before torch is.
 
 from __future__ import annotations
 
-from fiited_ray.config import Config
+from fiited_ray.config import Budget, Config
 
 _WHOLE_ROWS = ("adaembed", "frequency")
+
+
+def budget_of(config: Config) -> Budget:
+    """The budget in force: none for `full`, whatever is configured."""
+    return Budget() if config.method == "full" else config.budget
 
 
 def fixes_rows(config: Config) -> bool:

@@ -17,6 +17,7 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import ColSpec, DataType, Schema
 
+from fiited_ray.methods import budget_of
 from fiited_ray.serving import PREDICTION, input_columns
 from fiited_ray.tracked_data import files_digest, name_of, schema_of
 from fiited_ray.tracking import package_version, redacting
@@ -36,7 +37,7 @@ def log_model(ref: RunRef, plan: Plan, folder: str, metrics: Mapping[str, float]
     config, step = plan.config, int(metrics["step"])
     client = MlflowClient(ref.uri)
     with redacting(ref.uri), tempfile.TemporaryDirectory() as temporary:
-        about = {"method": config.method, "budget": str(config.budget), "embedding.dim": str(config.embedding.dim)}
+        about = {"method": config.method, "budget": str(budget_of(config)), "embedding.dim": str(config.embedding.dim)}
         logged = client.create_logged_model(ref.experiment_id, name=config.name.replace(".", "-"), source_run_id=ref.run_id, params=about)
         described = Model(logged.artifact_location, ref.run_id, model_uuid=logged.model_id, model_id=logged.model_id)
         local, saved = Path(temporary) / "model", Path(temporary) / "saved"

@@ -90,6 +90,16 @@ def test_reading_through_ray_data_trains_the_same_model(finished: tuple[Plan, Ou
         assert outcome.metrics[name] == pytest.approx(finished[1].metrics[name], rel=1e-5)
 
 
+def test_full_width_and_its_model_are_told_to_have_no_budget_whatever_is_configured(config: Config, ray_local: None) -> None:
+    short = dataclasses.replace(config.train, workers=1, max_steps=2)
+    outcome = run(make_plan(dataclasses.replace(config, method="full", train=short, name="full-width")), lambda text: None)
+    client = mlflow.MlflowClient(outcome.run.uri)
+    logged = client.get_run(outcome.run.run_id)
+    assert (logged.data.tags["method"], logged.data.tags["budget"]) == ("full", "none")
+    (model,) = logged.outputs.model_outputs
+    assert client.get_logged_model(model.model_id).params["budget"] == "none"
+
+
 def test_files_out_of_time_order_are_refused_before_anything_starts_unless_ray_sorts(config: Config, tmp_path: Path) -> None:
     rows = pq.read_table(config.data.train[0]).slice(0, 100)
     pq.write_table(rows.take(pa.array(np.arange(100)[::-1].copy())), tmp_path / "turned.parquet")

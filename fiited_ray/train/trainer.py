@@ -20,6 +20,7 @@ from fiited_ray import checkpoint, tracking
 from fiited_ray.coordinator import start_coordinator
 from fiited_ray.data import ray_dataset
 from fiited_ray.data.reader import data_config
+from fiited_ray.methods import budget_of
 from fiited_ray.summary import summary
 from fiited_ray.tracked_data import inputs_of
 from fiited_ray.tracked_model import log_model
@@ -79,7 +80,7 @@ def run(
     if config.train.use_gpu and "RAY_ADDRESS" not in os.environ and (gpus := _gpus_of_ray()) < workers:
         raise RuntimeError(f"train.use_gpu: {workers} worker(s) want a GPU each, and Ray has {gpus:.0f} here; set it to false")
     synthetic = plan.files.synthetic or bool(plan.test_files and plan.test_files.synthetic)
-    own_tags = {"method": config.method, "budget": str(config.budget), "synthetic_data": str(synthetic)}
+    own_tags = {"method": config.method, "budget": str(budget_of(config)), "synthetic_data": str(synthetic)}
     before = resume_point(config, plan.files)
     drop_unreadable_list(config)
     run_ref = tracking.open_run(config, {**own_tags, **(tags or {})}, before.run if before else None, inputs_of(plan), name)
