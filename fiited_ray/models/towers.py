@@ -37,7 +37,7 @@ def tower(x: Tensor, parameters: Sequence[Tensor | None], *, last_relu: bool) ->
 
     The last bias may be None. In float32 on a CPU by oneDNN, whose products are up to twice as fast as those that torch takes by default
     (MKL's) on an AMD processor, and as one step of the backward pass. oneDNN's ReLU is not used: it makes a zero of what is not a number.
-    Under `torch.autocast` in its precision, but for a logit: rounded to 8 bits, it costs goodbooks 0.001 of AUC.
+    Under `torch.autocast` in its precision, but for a logit, which is not to be rounded to 8 bits.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and torch.backends.mkldnn.is_available() and not autocast:
