@@ -28,7 +28,7 @@ IDS = tuple(10**power for power in range(6, 13))
 KEY_BYTES, WIDTH_BYTES = 16, 1  # a key asked for: key, table and count; the answer's width
 METADATA_BYTES = 22  # of a row: header 16, index about 6
 REPORT_BYTES = 32_792  # a histogram of int64 [2, 2048] and three numbers
-EXCHANGES = 6  # all-to-alls in a step: greeting, keys, sums, widths, vectors, gradients
+EXCHANGES = 4  # all-to-alls in a step: keys, sums, widths with vectors, gradients
 NOT_ROWS = 0.02 + 1 / 40 + 0.01  # of the budget: sketch, structure, headroom
 
 

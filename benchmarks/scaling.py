@@ -77,16 +77,18 @@ def configuration(path: str, case: Case) -> Config:
 
 
 class Watched(Group):
-    """A group that adds up the widths it carries: the only one-byte messages there are."""
+    """A group that adds up the widths it carries: the only bytes that there are beside other rows."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
         self.widths = torch.zeros(2, dtype=torch.float64)  # sum, count
 
-    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def all_to_all_with(
+        self, rows: Tensor, send: list[int], receive: list[int], more: Tensor, send_more: list[int]
+    ) -> tuple[Tensor, Tensor, list[int]]:
         if rows.dtype == torch.uint8:
             self.widths += torch.tensor([float(rows.sum()), float(rows.numel())])
-        return super().all_to_all(rows, send, receive)
+        return super().all_to_all_with(rows, send, receive, more, send_more)
 
 
 def measure(case: Case, path: str, ids: int, rank: int, decider: Decider) -> dict[str, Any]:

@@ -412,35 +412,66 @@ std::tuple<Tensor, Tensor, Tensor> relu_backward(Tensor grad_out, Tensor out, bo
 
 // ---- exchange ------------------------------------------------------------------------------------------------------------
 
-// Part `rank` of `rows`, in bytes, goes to this process itself, the others through their sockets.
-void all_to_all(std::vector<int64_t> sockets, int64_t rank, Tensor out, Tensor rows, std::vector<int64_t> send,
-                std::vector<int64_t> receive, int64_t operation, double timeout) {
-  const auto sums_to = [](const std::vector<int64_t>& parts, const Tensor& tensor) {
-    int64_t sum = 0;
-    for (const int64_t part : parts) {
-      REQUIRE(part >= 0, "a part of an exchange has " + std::to_string(part) + " bytes");
-      sum += part;
-    }
-    return sum == tensor.numel() * static_cast<int64_t>(tensor.element_size());
-  };
-  REQUIRE(rows.is_contiguous() && out.is_contiguous(), "what is exchanged must be contiguous");
-  REQUIRE(send.size() == sockets.size() && receive.size() == sockets.size() && rank >= 0 && rank < static_cast<int64_t>(sockets.size()),
-          "an exchange needs a socket and two sizes for each worker");
-  REQUIRE(sums_to(send, rows) && sums_to(receive, out), "the parts of an exchange are not all of what is exchanged");
+int64_t sum_of_parts(const std::vector<int64_t>& parts) {
+  int64_t sum = 0;
+  for (const int64_t part : parts) {
+    REQUIRE(part >= 0, "a part of an exchange has " + std::to_string(part) + " bytes");
+    sum += part;
+  }
+  return sum;
+}
+
+int64_t bytes_of(const Tensor& tensor) {
+  REQUIRE(tensor.is_contiguous(), "what is exchanged must be contiguous");
+  return tensor.numel() * static_cast<int64_t>(tensor.element_size());
+}
+
+// Part `rank` of `rows` and of `more`, in bytes, goes to this process itself, the others through their sockets. Gives what came of `more`,
+// of which only the sender knows how much there is, and its parts' sizes.
+std::tuple<Tensor, Tensor> all_to_all(std::vector<int64_t> sockets, int64_t rank, Tensor out, Tensor rows, std::vector<int64_t> send,
+                                      std::vector<int64_t> receive, Tensor more, std::vector<int64_t> send_more, int64_t operation,
+                                      double timeout) {
+  const size_t workers = sockets.size();
+  REQUIRE(send.size() == workers && receive.size() == workers && send_more.size() == workers && rank >= 0 &&
+              rank < static_cast<int64_t>(workers),
+          "an exchange needs a socket and three sizes for each worker");
+  REQUIRE(sum_of_parts(send) == bytes_of(rows) && sum_of_parts(receive) == bytes_of(out) && sum_of_parts(send_more) == bytes_of(more),
+          "the parts of an exchange are not all of what is exchanged");
   REQUIRE(send[rank] == receive[rank], "what a worker keeps of an exchange changes its size");
   const auto* from = static_cast<const std::byte*>(rows.const_data_ptr());
+  const auto* more_from = static_cast<const std::byte*>(more.const_data_ptr());
   auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
+  const std::byte* own_more = nullptr;
   std::vector<fiited::Flow> flows;
-  for (size_t peer = 0; peer < sockets.size(); ++peer) {
+  for (size_t peer = 0; peer < workers; ++peer) {
     if (static_cast<int64_t>(peer) == rank) {
       std::copy_n(from, send[rank], to);
+      own_more = more_from;
     } else {
-      flows.push_back({static_cast<int>(sockets[peer]), static_cast<int>(peer), from, send[peer], to, receive[peer]});
+      flows.push_back(
+          {static_cast<int>(sockets[peer]), static_cast<int>(peer), from, send[peer], more_from, send_more[peer], to, receive[peer]});
     }
     from += send[peer];
+    more_from += send_more[peer];
     to += receive[peer];
   }
-  fiited::all_to_all(flows, static_cast<uint64_t>(operation), timeout);
+  std::vector<int64_t> receive_more = send_more;  // right for this process's own part
+  Tensor more_out;
+  fiited::all_to_all(flows, static_cast<uint64_t>(operation), timeout, [&] {
+    for (const fiited::Flow& flow : flows) receive_more[flow.peer] = flow.more_to_receive;
+    more_out = make(sum_of_parts(receive_more), ScalarType::Byte);
+    auto* place = static_cast<std::byte*>(more_out.mutable_data_ptr());
+    auto flow = flows.begin();
+    for (size_t peer = 0; peer < workers; ++peer) {
+      if (static_cast<int64_t>(peer) == rank) {
+        std::copy_n(own_more, send_more[rank], place);
+      } else {
+        (flow++)->more_in = place;
+      }
+      place += receive_more[peer];
+    }
+  });
+  return {more_out, from_vector(receive_more, ScalarType::Long)};
 }
 
 }  // namespace
@@ -454,7 +485,9 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("relu_backward(Tensor grad_out, Tensor out, bool transposed) -> (Tensor, Tensor, Tensor)");
   m.def("interact(Tensor? below, Tensor vectors, int columns) -> Tensor");
   m.def("interact_backward(Tensor grad_out, Tensor? below, Tensor vectors) -> (Tensor, Tensor)");
-  m.def("all_to_all(int[] sockets, int rank, Tensor(a!) out, Tensor rows, int[] send, int[] receive, int operation, float timeout) -> ()");
+  m.def(
+      "all_to_all(int[] sockets, int rank, Tensor(a!) out, Tensor rows, int[] send, int[] receive, Tensor more, int[] send_more, "
+      "int operation, float timeout) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fiited, CompositeExplicitAutograd, m) {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -31,6 +31,11 @@ LONGEST_GRADIENT = 1e12  # that is learned from: the squares of sums of many suc
 _SPARE_ROWS = 64  # room for shards where more than the even part of the rows asks
 
 
+def annotated(name: str) -> AbstractContextManager[Any]:
+    """A range of a profiler's trace, where one is recording this thread."""
+    return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
+
+
 @dataclass
 class PhaseTimes:
     """Seconds by phase since they were last taken; one thread may add while another takes. A profiler sees each phase as a range."""
@@ -42,7 +47,7 @@ class PhaseTimes:
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            with record_function(name):
+            with annotated(name):
                 yield
         finally:
             with self._lock:
@@ -168,12 +173,11 @@ class ShardedEmbedding(nn.Module):
             return Route(rows, len(batch.ids), local.inverse, all_of_them, all_of_them, local.keys, local.tables, local.counts, None)
         send = local.splits.tolist()
         ones = [1] * exchange.workers
-        told = exchange.all_to_all(torch.tensor([[count, rows, len(batch.ids)] for count in send]), ones, ones)
-        receive = told[:, 0].tolist()
         wanted = torch.stack([local.keys, (local.tables.long() << 32) | local.counts.long()], 1)
-        asked = exchange.all_to_all(wanted, send, receive)
+        mine = torch.tensor([[rows, len(batch.ids)]] * exchange.workers)
+        told, asked, receive = exchange.all_to_all_with(mine, ones, ones, wanted, send)
         merged = ops.dedup_keys(asked[:, 0].contiguous(), (asked[:, 1] >> 32).int(), asked[:, 1].int())
-        all_rows, all_lookups = told[:, 1:].sum(0).tolist()
+        all_rows, all_lookups = told.sum(0).tolist()
         if all_lookups >= 2**31:  # counts of lookups are 32-bit numbers
             raise ValueError(f"a global batch has {all_lookups:,} ids; fewer than 2**31 are possible: lower train.batch_size")
         return Route(all_rows, all_lookups, local.inverse, send, receive, *merged)
@@ -277,13 +281,11 @@ class ShardedEmbedding(nn.Module):
 
     def _answer(self, found: Lookup, owner_inverse: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, Tensor]:
         """Send the rows asked for, at their width; returns what came for the U keys: widths [U], values."""
-        chunk = self.shard.spec.chunk
         asked_widths = found.widths[owner_inverse]
         values = self.shard.read(found, owner_inverse)
-        widths = self.exchange.all_to_all(asked_widths, receive, send)
-        value_send = splits(asked_widths.long() * chunk, receive)
-        value_receive = splits(widths.long() * chunk, send)
-        return widths, self.exchange.all_to_all(values, value_send, value_receive)
+        of_asker = splits(asked_widths.long() * self.shard.spec.chunk, receive)
+        widths, arrived, _ = self.exchange.all_to_all_with(asked_widths, receive, send, values, of_asker)
+        return widths, arrived
 
     def _learn(self, grad_pooled: Tensor, reading: _Reading) -> None:
         """Take the gradient of the pooled vectors [B, F, D] to the rows' owners, who update."""

@@ -25,6 +25,14 @@ class Exchange(Protocol):
     def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Send rows[0:send[0]] to worker 0, the next send[1] rows to worker 1, ...; returns receive[0] rows of worker 0, ..."""
 
+    def all_to_all_with(
+        self, rows: Tensor, send: list[int], receive: list[int], more: Tensor, send_more: list[int]
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """The same, and behind each part of `rows` one of `more`, of which only the sender knows how much there is.
+
+        Between CPUs both go in one message. Returns what came of both, and how many rows of `more` each worker has sent.
+        """
+
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over all workers."""
 
@@ -41,6 +49,11 @@ class Solo:
 
     def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         return rows
+
+    def all_to_all_with(
+        self, rows: Tensor, send: list[int], receive: list[int], more: Tensor, send_more: list[int]
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        return rows, more, send_more
 
     def all_reduce(self, values: Tensor) -> Tensor:
         return values
@@ -66,14 +79,36 @@ class Group:
         self._peers = Peers(group, (timeout or dist.default_pg_timeout).total_seconds())
 
     def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        out = rows.new_empty((sum(receive), *rows.shape[1:]))
-        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
         if rows.device.type == "cpu":
-            self._peers.all_to_all(out, rows.contiguous(), [row_bytes * each for each in send], [row_bytes * each for each in receive])
-        else:
-            dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
-        self.bytes_sent += (sum(send) - send[self.rank]) * row_bytes
+            return self.all_to_all_with(rows, send, receive, rows.new_empty(0), [0] * self.workers)[0]
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
+        self._count(rows, send)
         return out
+
+    def all_to_all_with(
+        self, rows: Tensor, send: list[int], receive: list[int], more: Tensor, send_more: list[int]
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        if more.device.type != "cpu":
+            ones = [1] * self.workers
+            receive_more: list[int] = self.all_to_all(torch.tensor(send_more), ones, ones).tolist()
+            return self.all_to_all(rows, send, receive), self.all_to_all(more, send_more, receive_more), receive_more
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        row, more_row = _row_bytes(rows), _row_bytes(more)
+        arrived, sizes = self._peers.all_to_all_with(
+            out,
+            rows.contiguous(),
+            [row * each for each in send],
+            [row * each for each in receive],
+            more.contiguous(),
+            [more_row * each for each in send_more],
+        )
+        self._count(rows, send)
+        self._count(more, send_more)
+        return out, arrived.view(more.dtype).view(-1, *more.shape[1:]), [each // more_row for each in sizes]
+
+    def _count(self, rows: Tensor, send: list[int]) -> None:
+        self.bytes_sent += (sum(send) - send[self.rank]) * _row_bytes(rows)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         if values.device.type != "cpu":
@@ -99,6 +134,10 @@ class Group:
 
     def another(self) -> Group:
         return Group(dist.new_group(dist.get_process_group_ranks(self.group), self._timeout), self._timeout)
+
+
+def _row_bytes(rows: Tensor) -> int:
+    return rows.element_size() * math.prod(rows.shape[1:])
 
 
 def make_exchange(timeout_seconds: float | None = None) -> Exchange:

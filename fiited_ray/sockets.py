@@ -49,8 +49,21 @@ class Peers:
         Raises:
             RuntimeError: naming the worker that closed its connection, sent something else, or did not in time.
         """
+        self.all_to_all_with(out, rows, send, receive, rows.new_empty(0), [0] * self.workers)
+
+    def all_to_all_with(
+        self, out: Tensor, rows: Tensor, send: list[int], receive: list[int], more: Tensor, send_more: list[int]
+    ) -> tuple[Tensor, list[int]]:
+        """The same, and behind each part of `rows` one of `more`, send_more[k] bytes for worker k, in the same message.
+
+        Returns:
+            what came of `more`, uint8 [n], and how many bytes of it from each worker.
+        """
         self._operation += 1
-        host_ops().all_to_all(self._descriptors, self.rank, out, rows, send, receive, self._operation, self._timeout)
+        arrived, sizes = host_ops().all_to_all(
+            self._descriptors, self.rank, out, rows, send, receive, more, send_more, self._operation, self._timeout
+        )
+        return arrived, sizes.tolist()
 
 
 def _connect_all(group: dist.ProcessGroup, rank: int, workers: int, timeout_seconds: float) -> list[socket.socket | None]:

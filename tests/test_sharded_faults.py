@@ -34,6 +34,12 @@ class Threads:
         assert len(got) == sum(receive)
         return got
 
+    def all_to_all_with(
+        self, rows: Tensor, send: list[int], receive: list[int], more: Tensor, send_more: list[int]
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        parts = [place[self.rank] for place in self._shown(list(more.split(send_more)))]
+        return self.all_to_all(rows, send, receive), torch.cat(parts), [len(part) for part in parts]
+
     def all_reduce(self, values: Tensor) -> Tensor:
         return torch.stack([place[0] for place in self._shown([values])]).sum(0)
 

@@ -3,22 +3,28 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace fiited {
 
-// What goes to one other process and what comes from it, in bytes.
+// What goes to one other process and what comes from it, in bytes: a part whose size both know, and behind it one whose size they tell.
 struct Flow {
   int socket;
   int peer;
   const std::byte* out;
   int64_t to_send;
+  const std::byte* more_out;
+  int64_t more_to_send;
   std::byte* in;
   int64_t to_receive;
+  std::byte* more_in = nullptr;  // `place` names it,
+  int64_t more_to_receive = 0;   // when this has been told
 };
 
-// Sends and receives all of it. Both sides must name the same operation and agree on the sizes. Throws std::runtime_error, naming the
-// peer, when a connection is closed, sizes differ, or it is not done after so many seconds; connections are of no use after that.
-void all_to_all(const std::vector<Flow>& flows, uint64_t operation, double timeout);
+// Sends and receives all of it; `place()` is called once, when the sizes of all that comes are known, and finds room for it. Both sides
+// must name the same operation and agree on the sizes that both know. Throws std::runtime_error, naming the peer, when a connection is
+// closed, sizes differ, or it is not done after so many seconds; connections are of no use after that.
+void all_to_all(std::vector<Flow>& flows, uint64_t operation, double timeout, const std::function<void()>& place);
 
 }  // namespace fiited

@@ -71,9 +71,9 @@ class Batch:
         """
         rows = self.rows
         self._check_shapes(len(features), rows)
-        falls = self.offsets[1:] < self.offsets[:-1]
-        if bool(falls.any()):
-            at = int(falls.nonzero()[0])
+        lengths = torch.diff(self.offsets)
+        if len(lengths) and int(lengths.min()) < 0:
+            at = int((lengths < 0).nonzero()[0])
             feature = features[at // rows]
             raise DataError(
                 f"feature {feature!r}, row {at % rows} of the batch: its offsets fall from {self.offsets[at]} to {self.offsets[at + 1]}"
@@ -96,9 +96,8 @@ class Batch:
             raise DataError(
                 f"feature {features[at // rows]!r}, row {at % rows} of the batch: the weight of an id is {self.weights[lookup]}"
             )
-        odd = (self.labels != 0) & (self.labels != 1)
-        if bool(odd.any()):
-            row = int(odd.nonzero()[0])
+        if not torch.equal(self.labels, (self.labels > 0).float()):
+            row = int(((self.labels != 0) & (self.labels != 1)).nonzero()[0])
             raise DataError(f"label of row {row} of the batch is {self.labels[row]}; labels are 0 or 1")
 
     def _check_shapes(self, features: int, rows: int) -> None:

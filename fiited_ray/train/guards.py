@@ -77,7 +77,7 @@ def learn_dense(worker: Worker) -> None:
     if worker.exchange.workers > 1:
         gradient.copy_(worker.exchange.all_reduce(gradient))
     if skips or not gradient.is_cuda:  # a GPU would be waited for; where a run ends with an error, a checkpoint finds it, too
-        longest = float(torch.linalg.vector_norm(gradient, math.inf))
+        longest = float(gradient.abs().max())  # NaN if any is
         if not longest <= LONGEST_GRADIENT:
             told = f"step {worker.step}: the dense parameters' gradient reaches {longest:.3g}; {LONGEST_GRADIENT:.0e} can be learned from"
             if not skips:

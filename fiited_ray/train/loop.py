@@ -17,13 +17,12 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from fiited_ray.ahead import ahead
 from fiited_ray.config import Config
 from fiited_ray.coordinator import Decider
 from fiited_ray.data.batch import Batch
-from fiited_ray.embedding import PhaseTimes, Route
+from fiited_ray.embedding import PhaseTimes, Route, annotated
 from fiited_ray.exchange import Exchange
 from fiited_ray.fixed_rows import make_embedding
 from fiited_ray.methods import shares_rows
@@ -208,7 +207,7 @@ def train_step(worker: Worker, batch: Batch, route: Route | None = None) -> None
         return
     inner = sum(worker.times.seconds.get(phase, 0.0) for phase in ("route", "update"))
     start = time.perf_counter()
-    with record_function("backward"):
+    with annotated("backward"):
         worker.gradient.zero_()
         logits_B.backward((torch.sigmoid(scores_B) - batch.labels) / max(1, route.rows))  # of the mean loss
     with worker.times.phase("model"):

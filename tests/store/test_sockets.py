@@ -41,10 +41,23 @@ class Mesh:
         operation: int = 1,
         timeout: float = 20.0,
     ) -> torch.Tensor:
+        none = torch.empty(0, dtype=torch.uint8)
+        return self.exchange_with(rank, rows, send, receive, none, [0] * len(self.sockets), operation, timeout)[0]
+
+    def exchange_with(
+        self,
+        rank: int,
+        rows: torch.Tensor,
+        send: list[int],
+        receive: list[int],
+        more: torch.Tensor,
+        send_more: list[int],
+        operation: int = 1,
+        timeout: float = 20.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out = torch.empty(sum(receive), dtype=torch.uint8)
         files = [-1 if each is None else each.fileno() for each in self.sockets[rank]]
-        ops("cpu").all_to_all(files, rank, out, rows, send, receive, operation, timeout)
-        return out
+        return out, *ops("cpu").all_to_all(files, rank, out, rows, send, receive, more, send_more, operation, timeout)
 
     def close(self, rank: int) -> None:
         for each in self.sockets[rank]:
@@ -68,6 +81,44 @@ def test_each_part_arrives_at_its_worker_in_the_order_of_ranks(workers: int, mos
 
             for rank, out in enumerate(pool.map(work, range(workers))):
                 assert torch.equal(out, torch.cat([parts[other][rank] for other in range(workers)]))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("most", [0, 7, 300_000])
+def test_parts_of_a_size_that_only_the_sender_knows_come_behind_the_others(workers: int, most: int) -> None:
+    generator = torch.Generator().manual_seed(workers)
+    mesh = Mesh(workers)
+
+    def drawn(sizes: torch.Tensor) -> list[list[torch.Tensor]]:
+        return [[torch.randint(0, 256, (size,), generator=generator).to(torch.uint8) for size in row] for row in sizes.tolist()]
+
+    with ThreadPoolExecutor(workers) as pool:
+        for operation in range(3):
+            sizes, more_sizes = torch.randint(0, most + 1, (2, workers, workers), generator=generator)
+            more_sizes[0, -1] = 0
+            parts, more = drawn(sizes), drawn(more_sizes)
+
+            def work(rank: int, known: Any = (sizes, parts), told: Any = (more_sizes, more), operation: int = operation) -> Any:
+                time.sleep(0.01 * rank)  # messages wait for the header of the last one
+                send, receive = known[0][rank].tolist(), known[0][:, rank].tolist()
+                return mesh.exchange_with(
+                    rank, torch.cat(known[1][rank]), send, receive, torch.cat(told[1][rank]), told[0][rank].tolist(), operation
+                )
+
+            for rank, (out, more_out, told) in enumerate(pool.map(work, range(workers))):
+                assert torch.equal(out, torch.cat([parts[other][rank] for other in range(workers)]))
+                assert torch.equal(more_out, torch.cat([more[other][rank] for other in range(workers)]))
+                assert told.tolist() == more_sizes[:, rank].tolist()
+
+
+def test_one_that_has_all_waits_for_the_worker_that_has_said_nothing_and_names_it() -> None:
+    mesh, some = Mesh(3), torch.zeros(4, dtype=torch.uint8)
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(mesh.exchange_with, 1, some, [2, 0, 2], [2, 0, 2], some, [4, 0, 0], 1, 1.0)
+        with pytest.raises(RuntimeError, match="exchange with worker 2: not done within 1 s"):
+            mesh.exchange_with(0, some, [0, 2, 2], [0, 2, 2], some, [0, 0, 4], 1, 1.0)
+        with pytest.raises(RuntimeError, match="exchange with worker 2: not done within 1 s"):
+            told.result()
 
 
 def test_large_parts_both_ways_wait_for_nobody() -> None:
@@ -127,7 +178,7 @@ def test_a_worker_that_says_nothing_is_waited_for_no_longer_than_agreed() -> Non
         ([1, 1], [1, 2], "the parts of an exchange are not all of what is exchanged"),
         ([1, 2], [2, 1], "what a worker keeps of an exchange changes its size"),
         ([4, -1], [4, -1], "a part of an exchange has -1 bytes"),
-        ([3], [3], "an exchange needs a socket and two sizes for each worker"),
+        ([3], [3], "an exchange needs a socket and three sizes for each worker"),
     ],
 )
 def test_parts_that_cannot_be_are_refused(send: list[int], receive: list[int], message: str) -> None:
@@ -187,6 +238,23 @@ def test_all_workers_are_connected_and_strangers_are_not(stranger: bytes | None,
     if stranger is not None:
         gathering.caller.settimeout(5.0)
         assert gathering.caller.recv(1) == b""  # it was hung up on
+
+
+def test_rows_of_two_kinds_go_together_and_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathering = Gathering(3, monkeypatch)
+
+    def work(rank: int) -> tuple[torch.Tensor, torch.Tensor, list[int], int]:
+        gathering.enter(rank)
+        group = Group(None)  # type: ignore[arg-type]
+        rows, more = torch.full((3, 2), rank, dtype=torch.int64), torch.full((3 * rank, 5), float(rank))
+        return *group.all_to_all_with(rows, [1, 1, 1], [1, 1, 1], more, [rank] * 3), group.bytes_sent
+
+    with ThreadPoolExecutor(3) as pool:
+        for rank, (rows, more, counts, sent) in enumerate(pool.map(work, range(3))):
+            assert rows.tolist() == [[0, 0], [1, 1], [2, 2]]
+            assert more.tolist() == [[1.0] * 5, [2.0] * 5, [2.0] * 5]
+            assert counts == [0, 1, 2]
+            assert sent == 2 * (2 * 8 + rank * 5 * 4)
 
 
 def test_rows_and_sums_keep_shape_and_dtype_and_the_bytes_that_leave_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
