@@ -149,6 +149,11 @@ class DataConfig:
         return tuple(dict.fromkeys([*self.categorical, *(name for cross in self.cross for name in cross)]))
 
     @property
+    def id_columns(self) -> list[str]:
+        """Columns of the files that hold ids, or lists of them, each once."""
+        return [*(name for name in self.scalar if name not in self.bins), *self.multi_hot]
+
+    @property
     def columns(self) -> list[str]:
         """Columns to read from the files, each once."""
         sources = [self.bins[name].column if name in self.bins else name for name in self.scalar]

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from fiited_ray.checkpoint import load_model
 from fiited_ray.config import DataConfig
 from fiited_ray.data.collate import Collator
 from fiited_ray.data.errors import DataError
+from fiited_ray.data.files import differ, holds_text
 
 PREDICTION = "probability"
 _ROWS_AT_ONCE = 16384
@@ -54,6 +56,7 @@ class Predictor:
         if missing:
             raise DataError(f"no column {', '.join(map(repr, missing))} among those given: {', '.join(map(str, rows.columns))}")
         table = self._with_whole_ids(self._with_types(pa.Table.from_pandas(rows[wanted], preserve_index=False)))
+        self._check_kinds(table)
         table = table.append_column(self.config.label, pa.array([0] * len(rows), pa.int8()))  # the collator checks one; none is used
         batch = self._collate.strictly(table)  # a row cannot be left out: each has its prediction
         ends = [min(begin + _ROWS_AT_ONCE, len(rows)) for begin in range(0, len(rows), _ROWS_AT_ONCE)]
@@ -63,8 +66,8 @@ class Predictor:
 
     def _with_types(self, table: pa.Table) -> pa.Table:
         """Columns of ids and lists with the type that Arrow cannot tell where nothing is in them, as in a request of one row."""
-        ids = [name for name in self.config.scalar if name not in self.config.bins]
-        types = dict.fromkeys(ids, pa.int64()) | dict.fromkeys(self.config.multi_hot, pa.list_(pa.int64()))
+        lists = self.config.multi_hot
+        types = {name: pa.list_(pa.int64()) if name in lists else pa.int64() for name in self.config.id_columns}
         for name, kind in (types | dict.fromkeys(self.config.weights.values(), pa.list_(pa.float32()))).items():
             column = table[name]
             if column.null_count == len(column):
@@ -88,6 +91,16 @@ class Predictor:
                 raise DataError(f"column {name!r}, row {row}: {values[row]} is not an integer; ids are integers or strings")
             table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64(), from_pandas=True, safe=False))
         return table
+
+    def _check_kinds(self, table: pa.Table) -> None:
+        """Refuse integers where the model has learned from text, and text for integers: none of them would be known."""
+        if self._model.text_ids is None:
+            return
+        for name in self.config.id_columns:
+            values = table[name] if name not in self.config.multi_hot else pc.list_flatten(table[name])
+            text = holds_text(values.type)
+            if values.null_count < len(values) and text != (name in self._model.text_ids):
+                raise DataError(f"column {name!r} {differ(text, 'the data that the model has learned from')}")
 
 
 def input_columns(config: DataConfig) -> list[str]:

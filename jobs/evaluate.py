@@ -9,6 +9,7 @@ import sys
 from fiited_ray.checkpoint import CheckpointError, load_model
 from fiited_ray.config import ConfigError
 from fiited_ray.data import DataError, check_files, parquet_batches
+from fiited_ray.data.files import check_same_ids
 from fiited_ray.train.metrics import BinaryMetrics
 
 
@@ -22,6 +23,8 @@ def main() -> int:
         patterns = tuple(arguments.data) or model.config.data.test
         data = dataclasses.replace(model.config.data, time=None)  # the order does not matter to a score
         files = check_files(patterns, data, "--data")
+        if model.text_ids is not None:
+            check_same_ids(files, model.text_ids, f"the data that {arguments.model} has learned from")
         metrics = BinaryMetrics()
         for batch in parquet_batches(files, data, 4 * model.config.train.batch_size):
             metrics.update(model.logits(batch), batch.labels)

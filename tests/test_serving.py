@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -53,6 +54,9 @@ def clicks(path: Path, rows: int, seed: int) -> None:
     pq.write_table(pa.table(columns), path)
 
 
+ROOT = Path(__file__).parents[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Logged:
     """A model that was trained without Ray, and what MLflow calls it."""
@@ -93,7 +97,7 @@ def logged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     worker = Worker(plan.config, plan.budget_bytes, Solo(), LocalDecider(config.policy), distinct_ids=plan.distinct_ids)
     metrics = train(worker, lambda: batches(plan, "train"), lambda: batches(plan, "test"))
     publisher = FolderPublisher(Folder.of(folder / "model"))
-    saver = Saver(worker, publisher, "served")
+    saver = Saver(worker, publisher, "served", plan.files)
     saver.save(finished=True)
     saver.wait()
     model = folder / "model" / "checkpoint_000000"
@@ -162,6 +166,33 @@ def test_the_signature_names_every_column_but_the_label_and_wrong_columns_are_re
     with pytest.raises(DataError, match="no column 'city' among those given: price, user, words"):
         Predictor(logged.folder).predict(rows.drop(columns="city"))
     assert Predictor(logged.folder).predict(rows[:0]).empty
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "kinds"),
+    [
+        ("user", "7", ("text", "integers")),
+        ("city", 7, ("integers", "text")),
+        ("words", [7], ("integers", "text")),
+    ],
+)
+def test_ids_of_another_kind_than_those_trained_on_are_refused(logged: Logged, name: str, values: Any, kinds: tuple[str, str]) -> None:
+    rows = given_rows(logged)[:2]
+    rows[name] = pd.Series([values] * 2, dtype=object)
+    message = f"column '{name}' holds {kinds[0]}, but {kinds[1]} in the data that the model has learned from"
+    with pytest.raises(DataError, match=message):
+        Predictor(logged.folder).predict(rows)
+
+
+def test_a_file_of_ids_of_another_kind_is_not_scored(
+    logged: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pq.read_table(logged.plan.config.data.test[0])
+    text = table["user"].cast(pa.int64()).cast(pa.string())
+    pq.write_table(table.set_column(table.schema.get_field_index("user"), "user", text), tmp_path / "text.parquet")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(logged.folder), "--data", str(tmp_path / "text.parquet")])
+    assert runpy.run_path(str(ROOT / "jobs" / "evaluate.py"))["main"]() == 2
+    assert f"text.parquet: column 'user' holds text, but integers in the data that {logged.folder} has" in capsys.readouterr().err
 
 
 def test_an_id_that_is_no_integer_is_refused_by_its_row(logged: Logged) -> None:

@@ -15,7 +15,7 @@ import jsonschema
 import jsonschema.validators
 
 FORMAT = "fiited-ray-checkpoint"
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 _LONGEST_TEXT = 16 << 20  # bytes of a manifest or part
 
@@ -49,7 +49,9 @@ MANIFEST_SCHEMA = _object(
         "workers": {"type": "integer", "minimum": 1, "maximum": 1024},
         "base": {"anyOf": [{"type": "null"}, _object({"folder": _FOLDER_NAME, "id": _ID})]},  # null: all rows are here
         "files": _array(_FILE, 1, 16),
-        "data": {"anyOf": [{"type": "null"}, _array(_COUNT, 1, 10**6)]},  # rows of each training file
+        "data": {
+            "anyOf": [{"type": "null"}, _object({"rows": _array(_COUNT, 1, 10**6), "text_ids": _array({"type": "string"}, 0, 10**5)})]
+        },
         "training": _object(
             {
                 "epoch": _COUNT,

@@ -27,6 +27,7 @@ class Model:
 
     config: Config
     step: int  # training steps behind it
+    text_ids: frozenset[str] | None  # columns of its training data whose ids were text, where that is known
     embedding: ShardedEmbedding
     dense: nn.Module
 
@@ -62,4 +63,4 @@ def load_model(location: str | Path) -> Model:
     dense = build_model(config.model, len(config.data.dense), len(config.data.features), config.embedding.dim)
     load_dense(saved, dense)
     embedding = make_embedding(config, shard, Solo(), lr=config.embedding.lr, mean=config.embedding.pooling == "mean")
-    return Model(config, saved.step, embedding.eval(), dense.eval())
+    return Model(config, saved.step, saved.text_ids, embedding.eval(), dense.eval())

@@ -23,6 +23,7 @@ from fiited_ray.checkpoint.files import Folder
 from fiited_ray.checkpoint.manifest import FORMAT, MANIFEST, VERSION, FileFacts, RowsFile, encode, part_name
 from fiited_ray.checkpoint.staging import Staging
 from fiited_ray.checkpoint.training import Captured, capture
+from fiited_ray.data.files import Files
 from fiited_ray.store import Rows, ShardSpec
 
 if TYPE_CHECKING:
@@ -75,14 +76,14 @@ class Saver:
 
     Args:
         run: name of the run, for a restart to tell its own checkpoints from older ones in the same folder.
-        data_rows: rows of each training file.
+        files: the training data.
     """
 
-    def __init__(self, worker: Worker, publisher: Publisher, run: str, data_rows: list[int] | None = None) -> None:
+    def __init__(self, worker: Worker, publisher: Publisher, run: str, files: Files | None = None) -> None:
         self.worker = worker
         self._publisher = publisher
         self._run = run
-        self._data_rows = data_rows
+        self._files = files
         self._base: tuple[str, str] | None = None  # the last checkpoint
         self._since_whole = 0
         self._last_step = -1
@@ -115,7 +116,7 @@ class Saver:
 
         def write(folder: Folder) -> None:
             try:
-                self.bytes_written = _write(folder, worker, plan, staging, self._run, self._data_rows)
+                self.bytes_written = _write(folder, worker, plan, staging, self._run, self._files)
                 self._base = (folder.name, plan.id)
             except BaseException as error:
                 _log.error("the checkpoint of step %d could not be written: %s", plan.step, error)
@@ -186,7 +187,7 @@ def _row_bytes(spec: ShardSpec) -> int:
     return 8 + 4 + 1 + 4 + 4 + spec.dim * spec.value_bytes + spec.state_bytes(spec.chunks)
 
 
-def _write(folder: Folder, worker: Worker, plan: _Plan, staging: Staging[_Staged], run: str, data_rows: list[int] | None) -> int:
+def _write(folder: Folder, worker: Worker, plan: _Plan, staging: Staging[_Staged], run: str, data: Files | None) -> int:
     """Write this worker's files, and for rank 0 the shared ones; returns their bytes."""
     rank, spec = worker.exchange.rank, worker.shard.spec
     folder.make()
@@ -212,11 +213,11 @@ def _write(folder: Folder, worker: Worker, plan: _Plan, staging: Staging[_Staged
     }
     files: list[FileFacts] = [shard, *rows, folder.write(part_name(rank), encode(part))]
     if rank == 0:
-        files += _write_shared(folder, worker, plan, run, data_rows)
+        files += _write_shared(folder, worker, plan, run, data)
     return sum(each.bytes for each in files)
 
 
-def _write_shared(folder: Folder, worker: Worker, plan: _Plan, run: str, data_rows: list[int] | None) -> list[FileFacts]:
+def _write_shared(folder: Folder, worker: Worker, plan: _Plan, run: str, data: Files | None) -> list[FileFacts]:
     """What all workers have in common; the manifest last."""
     files = [
         folder.write("config.yaml", worker.config.to_yaml().encode()),
@@ -234,7 +235,7 @@ def _write_shared(folder: Folder, worker: Worker, plan: _Plan, run: str, data_ro
         "workers": worker.exchange.workers,
         "base": None if plan.base is None else {"folder": plan.base[0], "id": plan.base[1]},
         "files": [asdict(each) for each in files],
-        "data": data_rows,
+        "data": None if data is None else {"rows": list(data.rows), "text_ids": list(data.text_ids)},
         "training": plan.captured.training,
     }
     return [*files, folder.write(MANIFEST, encode(manifest))]

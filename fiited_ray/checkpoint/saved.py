@@ -72,6 +72,12 @@ class Saved:
         return self.content["run"]
 
     @property
+    def text_ids(self) -> frozenset[str] | None:
+        """Columns of the training data whose ids were text; None where nothing was said of them."""
+        data = self.content["data"]
+        return None if data is None else frozenset(data["text_ids"])
+
+    @property
     def finished(self) -> bool:
         return self.content["finished"]
 

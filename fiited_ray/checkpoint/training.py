@@ -17,6 +17,7 @@ from fiited_ray.checkpoint.load import load_shard, tensor_of
 from fiited_ray.checkpoint.manifest import CheckpointError
 from fiited_ray.checkpoint.saved import Saved
 from fiited_ray.config import Config, ConfigError
+from fiited_ray.data.files import Files, check_same_ids
 from fiited_ray.embedding import StepTotals
 from fiited_ray.train.metrics import STATE_SIZE
 
@@ -30,6 +31,7 @@ _MAY_CHANGE = (
     *("embedding.lr", "policy.interval", "policy.min_change", "policy.headroom", "policy.max_shard_bytes", "policy.sketch_share"),
     *("train.workers", "train.threads", "train.use_gpu", "train.overlap", "train.epochs", "train.max_steps", "train.lr"),
     *("train.eval_every", "train.debug", "train.not_finite", "train.stall_seconds", "train.timeout_seconds", "data.bad_rows"),
+    "model.precision",
 )
 
 
@@ -94,17 +96,17 @@ def capture(worker: Worker) -> Captured:
     )
 
 
-def restore(saved: Saved, worker: Worker, data_rows: list[int] | None = None) -> None:
+def restore(saved: Saved, worker: Worker, files: Files | None = None) -> None:
     """Bring a fresh worker to where a checkpoint was taken, with as many workers as then or any other number. All workers call this.
 
     Args:
-        data_rows: rows of each training file; the position in the data counts them.
+        files: the training data; the position in them counts their rows.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged, or does not fit.
         ConfigError: naming the key that must be what it was.
     """
-    check_compatible(saved, worker.config, data_rows)
+    check_compatible(saved, worker.config, files)
     load_shard(saved, worker.shard)
     held = int(worker.exchange.all_reduce(torch.tensor([worker.shard.stats().rows]))[0])
     wanted = sum(sum(part.rows_by_width) for part in saved.parts)
@@ -131,11 +133,12 @@ def load_dense(saved: Saved, into: torch.nn.Module) -> None:
             raise CheckpointError(f"{where}: does not fit the model that config.yaml describes: {error}") from error
 
 
-def check_compatible(saved: Saved, config: Config, data_rows: list[int] | None = None) -> None:
+def check_compatible(saved: Saved, config: Config, files: Files | None = None) -> None:
     """Whether a run with this configuration and these training files can go on from a checkpoint.
 
     Raises:
         ConfigError: naming the key that must be what it was.
+        DataError: naming the column whose ids were of another kind.
         CheckpointError: when the checkpoint's own configuration cannot be read.
     """
     before, now = saved.config().flat(), config.flat()
@@ -143,12 +146,16 @@ def check_compatible(saved: Saved, config: Config, data_rows: list[int] | None =
     for key in sorted(before.keys() | now.keys()):
         if not key.startswith(_MAY_CHANGE) and before.get(key) != now.get(key):
             raise ConfigError(f"{key}: {now.get(key)} now, but {before.get(key)} when {saved.folder.path} was written; {advice}")
-    rows = saved.content["data"]
-    if rows is not None and data_rows is not None and rows != data_rows:
+    data = saved.content["data"]
+    if data is None or files is None:
+        return
+    rows = data["rows"]
+    if rows != list(files.rows):
         raise ConfigError(
-            f"data.train: {sum(data_rows)} rows in {len(data_rows)} files now, but {sum(rows)} in {len(rows)} when {saved.folder.path} "
+            f"data.train: {files.total_rows} rows in {len(files.rows)} files now, but {sum(rows)} in {len(rows)} when {saved.folder.path} "
             f"was written; {advice}"
         )
+    check_same_ids(files, data["text_ids"], f"the data that {saved.folder.path} has learned from")
 
 
 def _restore_training(saved: Saved, worker: Worker) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Files:
     paths: tuple[str, ...]  # absolute: workers have working folders of their own
     rows: tuple[int, ...]  # of each file
     synthetic: bool  # made by this project's generator
+    text_ids: tuple[str, ...] = ()  # columns whose ids are text, which is hashed: they meet no integers
 
     @property
     def total_rows(self) -> int:
@@ -77,26 +78,30 @@ def check_files(patterns: tuple[str, ...], config: DataConfig, role: str = "data
                 raise DataError(f"{path}: column {name!r} is {schema.field(name).type}, but {first.field(name).type} in {paths[0]}")
         rows.append(metadata.num_rows)
         synthetic |= SYNTHETIC_KEY in (schema.metadata or {})
-    return Files(tuple(str(Path(path).absolute()) for path in paths), tuple(rows), synthetic)
+    assert first is not None
+    text_ids = tuple(name for name in config.id_columns if holds_text(first.field(name).type))
+    _check_shared(paths[0], text_ids, config)
+    return Files(tuple(str(Path(path).absolute()) for path in paths), tuple(rows), synthetic, text_ids)
 
 
-def check_same_ids(files: Files, others: Files, config: DataConfig) -> None:
-    """Refuse id columns that hold text in one set of files and integers in the other: no id of one would be known in the other.
+def check_same_ids(files: Files, text_ids: Collection[str], where: str) -> None:
+    """Refuse id columns that hold text where others hold integers, or the other way round: no id of one would be known in the other.
+
+    Args:
+        text_ids: the columns of the others that hold text.
+        where: the others, for messages.
 
     Raises:
-        DataError: naming column, files and types.
+        DataError: naming column and files.
     """
-    one, other = (pq.read_schema(each.paths[0]) for each in (files, others))  # files of a set have the same types
-    for name in [*config.scalar, *config.multi_hot]:
-        if name in config.bins:
-            continue
-        kinds = one.field(name).type, other.field(name).type
-        text, other_text = (_is_text(kind.value_type if name in config.multi_hot else kind) for kind in kinds)
-        if text != other_text:
-            raise DataError(
-                f"column {name!r} is {kinds[0]} in {files.paths[0]}, but {kinds[1]} in {others.paths[0]}: ids as text and as integers are "
-                "different ids; write the column as one type in all files"
-            )
+    for name in sorted({*text_ids} ^ {*files.text_ids}):
+        raise DataError(f"{files.paths[0]}: column {name!r} {differ(name in files.text_ids, where)}")
+
+
+def differ(text: bool, where: str) -> str:
+    """What is to be said of a column of ids whose kind is another than that of the same column elsewhere."""
+    here, there = ("text", "integers") if text else ("integers", "text")
+    return f"holds {here}, but {there} in {where}: ids as text and as integers are different ids; write the column as one type everywhere"
 
 
 def column_statistics(metadata: pq.FileMetaData, column: str) -> list[pq.Statistics | None]:
@@ -177,14 +182,30 @@ def _check_schema(path: str, schema: pa.Schema, config: DataConfig) -> None:
         )
 
 
+def _check_shared(path: str, text_ids: Collection[str], config: DataConfig) -> None:
+    """Features that share a table and no id."""
+    for table, features in config.shared_tables.items():
+        of_columns = [name for name in features if name in config.categorical or name in config.multi_hot]
+        text = [name for name in of_columns if name in text_ids]
+        integers = [name for name in of_columns if name not in text_ids]
+        if text and integers:
+            raise DataError(
+                f"{path}: column {integers[0]!r} {differ(False, repr(text[0]))}, or take one of them out of data.shared_tables.{table}"
+            )
+
+
 def _is_id(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_id(kind.value_type)
     return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
 
 
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column's ids, or those in its lists, are text or bytes, which are hashed."""
+    return _is_text(kind.value_type if pa.types.is_nested(kind) else kind)
+
+
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether ids are text or bytes, which are hashed."""
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

@@ -52,7 +52,7 @@ def make_plan(config: Config, ids_by_table: list[int] | None = None) -> Plan:
     files = check_files(config.data.train, config.data)
     test_files = check_files(config.data.test, config.data, "data.test") if config.data.test else None
     if test_files:
-        check_same_ids(files, test_files, config.data)
+        check_same_ids(test_files, files.text_ids, files.paths[0])
     elif not config.train.progressive:
         raise ConfigError("data.test is empty and train.progressive is false: nothing would be scored; set one of them")
     for role, each in (("data.train", files), ("data.test", test_files)):

@@ -47,7 +47,7 @@ def resume_point(config: Config, files: Files) -> Saved | None:
             return None
         if saved.finished and config.checkpoint.resume == "auto" and not tracking.is_open(config, saved.run):
             return None  # one that was killed after its last checkpoint has still to be told to MLflow
-        check_compatible(saved, config, list(files.rows))
+        check_compatible(saved, config, files)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; checkpoint.resume=never starts anew") from error
     return saved
@@ -65,7 +65,7 @@ def restore_last(worker: Worker, run: str, files: Files) -> None:
     name = _from_rank_0(worker, name)
     if not name:
         return
-    restore(open_checkpoint(folder.child(name)), worker, list(files.rows))
+    restore(open_checkpoint(folder.child(name)), worker, files)
     fit_budget(worker)
     text = f"goes on from {folder.path}/{name}, step {worker.step:,}"
     _log.info("%s, with %d worker(s)", text, worker.exchange.workers)

@@ -72,7 +72,7 @@ def _train(
     """Train from where the worker stands, and save."""
     plan: Plan = setup["plan"]
     config, rank = plan.config, worker.exchange.rank
-    saver = checkpoint.Saver(worker, checkpoint.RayPublisher(), setup["lineage"], list(plan.files.rows))
+    saver = checkpoint.Saver(worker, checkpoint.RayPublisher(), setup["lineage"], plan.files)
     watchdog = Watchdog(config.train.stall_seconds, config.train.timeout_seconds, rank, logs)
     stop_polling = poll_stop(setup["coordinator"], worker) if rank == 0 else nullcontext()
     with watchdog, stop_polling:

@@ -15,7 +15,8 @@ from small_runs import BATCHES, BUDGET, batches, config, differences, folders, o
 
 from fiited_ray.checkpoint import Folder, FolderPublisher, Saver, open_checkpoint, restore
 from fiited_ray.config import ConfigError
-from fiited_ray.data import Batch
+from fiited_ray.data import Batch, DataError
+from fiited_ray.data.files import Files
 from fiited_ray.run_writer import RunWriter
 from fiited_ray.store import VhpiShard
 from fiited_ray.store.shard import ShardStats
@@ -225,14 +226,26 @@ def test_another_configuration_is_refused_by_its_key(tmp_path: Path, change: dic
         restore(opened(folders(tmp_path)[-1]), solo(other))
 
 
+def test_precision_and_rate_may_be_others_when_a_run_goes_on(tmp_path: Path) -> None:
+    run(solo(config(steps=6)), tmp_path)
+    worker = solo(config(steps=9, model={"precision": "bfloat16"}, embedding={"lr": 0.01}))
+    restore(opened(folders(tmp_path)[-1]), worker)
+    train(worker, lambda: batches(worker.position.batch))
+    assert worker.step == 9
+
+
 def test_other_training_files_are_refused(tmp_path: Path) -> None:
     worker = solo(config(steps=6))
-    saver = Saver(worker, FolderPublisher(Folder.of(tmp_path)), "test", [100, 28])
+    files = Files(("a.parquet", "b.parquet"), (100, 28), False, ("user",))
+    saver = Saver(worker, FolderPublisher(Folder.of(tmp_path)), "test", files)
     saver.save()
     saver.wait()
-    restore(opened(folders(tmp_path)[0]), solo(config(steps=6)), [100, 28])
+    restore(opened(folders(tmp_path)[0]), solo(config(steps=6)), files)
     with pytest.raises(ConfigError, match=r"data\.train: 99 rows in 1 files now, but 128 in 2 when"):
-        restore(opened(folders(tmp_path)[0]), solo(config(steps=6)), [99])
+        restore(opened(folders(tmp_path)[0]), solo(config(steps=6)), Files(("a.parquet",), (99,), False, ("user",)))
+    rewritten = dataclasses.replace(files, text_ids=())
+    with pytest.raises(DataError, match=r"a\.parquet: column 'user' holds integers, but text in the data that .* has learned from"):
+        restore(opened(folders(tmp_path)[0]), solo(config(steps=6)), rewritten)
 
 
 def test_checkpoints_lie_on_any_filesystem_that_fsspec_knows(tmp_path: Path) -> None:

@@ -196,11 +196,11 @@ def two_sets(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> tup
 @pytest.mark.parametrize(
     ("column", "kinds", "first", "second"),
     [
-        ("user", ("int64", "string"), [7, 8], ["7", "8"]),
-        ("user", ("binary", "bool"), [b"7", b"8"], [True, False]),
-        ("user", ("int64", "dictionary<values=string, indices=int32, ordered=0>"), [7, 8], pa.array(["7", "8"]).dictionary_encode()),
-        ("tags", ("list<element: string>", "list<element: int64>"), [["a"], []], [[1], []]),
-        ("city", ("string", "int64"), ["a", "b"], [1, 2]),
+        ("user", ("integers", "text"), [7, 8], ["7", "8"]),
+        ("user", ("text", "integers"), [b"7", b"8"], [True, False]),
+        ("user", ("integers", "text"), [7, 8], pa.array(["7", "8"]).dictionary_encode()),
+        ("tags", ("text", "integers"), [["a"], []], [[1], []]),
+        ("city", ("text", "integers"), ["a", "b"], [1, 2]),
     ],
 )
 def test_ids_of_another_kind_than_those_trained_on_are_refused(
@@ -208,11 +208,22 @@ def test_ids_of_another_kind_than_those_trained_on_are_refused(
 ) -> None:
     train, test = two_sets(tmp_path, {column: first}, {column: second})
     with pytest.raises(DataError) as caught:
-        check_same_ids(train, test, IDS)
-    message = f"column {column!r} is {kinds[0]} in {train.paths[0]}, but {kinds[1]} in {test.paths[0]}: ids as text and as integers"
+        check_same_ids(test, train.text_ids, train.paths[0])
+    message = f"{test.paths[0]}: column {column!r} holds {kinds[1]}, but {kinds[0]} in {train.paths[0]}: ids as text and as integers are"
     assert str(caught.value).startswith(message)
 
 
 def test_ids_of_the_same_kind_in_another_type_are_taken(tmp_path: Path) -> None:
     narrow = {"user": pa.array([7, 8], pa.int8()), "age": [1, 2], "tags": [[b"a"], []], "city": pa.array(["a", "b"]).dictionary_encode()}
-    check_same_ids(*two_sets(tmp_path, {}, narrow), IDS)
+    train, test = two_sets(tmp_path, {}, narrow)
+    assert {*train.text_ids} == {*test.text_ids} == {"tags", "city"}
+    check_same_ids(test, train.text_ids, train.paths[0])
+
+
+def test_features_that_share_a_table_and_no_id_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet")
+    shared = DataConfig(categorical=("user",), multi_hot=("tags",), shared_tables={"both": ("user", "tags")})
+    message = f"{path}: column 'user' holds integers, but text in 'tags': ids as text and as integers are different ids"
+    assert refusal(path, config=shared).startswith(message)
+    assert refusal(path, config=shared).endswith("or take one of them out of data.shared_tables.both")
+    assert check_files((write(tmp_path / "b.parquet", user=["a", "b"]),), shared).text_ids == ("user", "tags")
