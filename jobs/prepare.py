@@ -24,11 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.kind == "synthetic":
             spec = SyntheticSpec(given.rows, given.split, given.seed, given.skew, given.drift, given.preference_drift)
-            paths = write_synthetic(given.output, spec)
+            paths = write_synthetic(given.output, spec, given.group_rows)
             print(f"wrote {spec.rows:,} synthetic rows: {', '.join(map(str, paths))}")
         else:
             form = FORMATS[given.kind]()
-            print(convert(given.input, given.output, form, split=given.split, max_rejected=given.max_rejected, max_rows=given.max_rows))
+            limits = {"max_rejected": given.max_rejected, "max_rows": given.max_rows, "group_rows": given.group_rows}
+            print(convert(given.input, given.output, form, split=given.split, **limits))
     except (DataError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         text.add_argument("--max-rows", type=int, help="stop after so many rows")
     for kind in kinds.choices.values():
         kind.add_argument("--output", type=Path, required=True, help="folder of train.parquet and test.parquet")
+        kind.add_argument(
+            "--group-rows", type=_count, help="most rows of a row group; for many workers as many as one has of train.batch_size"
+        )
     return parser
 
 
@@ -65,6 +69,13 @@ def _share(text: str) -> float:
     if not 0 <= share < 1:
         raise argparse.ArgumentTypeError(f"{text}: at least 0 and below 1 is wanted")
     return share
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 is wanted")
+    return count
 
 
 def _split(text: str) -> float | str:

@@ -177,6 +177,7 @@ def convert(
     max_rejected: float = 0.01,
     max_rows: int | None = None,
     part_rows: int = 4_000_000,
+    group_rows: int | None = None,
     block_bytes: int = 16 << 20,
 ) -> Report:
     """Convert text files, in the order given, to folder/train.parquet and folder/test.parquet.
@@ -186,6 +187,7 @@ def convert(
         max_rejected: largest share of non-blank lines that may be unreadable.
         max_rows: stop after so many rows; what lies behind the last of them is not looked at.
         part_rows: rows of one output file; beyond that, train.parquet is a folder of parts.
+        group_rows: most rows of a row group; None: those of a block.
 
     Raises:
         DataError: naming the file; nothing is written then.
@@ -202,7 +204,7 @@ def convert(
             raise DataError(f"{path}: {'a folder; name the files in it' if path.is_dir() else 'no such file'}")
     report, days = Report(), _Days()
     progress = Progress(sum(path.stat().st_size for path in inputs))
-    with SplitWriter(folder, part_rows) as writer:
+    with SplitWriter(folder, part_rows, group_rows) as writer:
         for path in inputs:
             for block in read_blocks(path, progress, lambda: writer.rows, block_bytes):
                 table = _table(block, form, report, None if max_rows is None else max_rows - writer.rows)

@@ -82,8 +82,11 @@ class SyntheticSpec:
         return max(min(CARDINALITIES[column], 100), int(CARDINALITIES[column] * min(1.0, self.rows / _CRITEO_ROWS * 2)))
 
 
-def write_synthetic(folder: Path, spec: SyntheticSpec) -> tuple[Path, ...]:
+def write_synthetic(folder: Path, spec: SyntheticSpec, group_rows: int | None = None) -> tuple[Path, ...]:
     """Write train.parquet and test.parquet in time order, or nothing at all; memory stays that of one block.
+
+    Args:
+        group_rows: most rows of a row group; None: those of a block.
 
     Returns:
         the paths of what was written: a set of no rows is not.
@@ -92,7 +95,7 @@ def write_synthetic(folder: Path, spec: SyntheticSpec) -> tuple[Path, ...]:
         DataError: when the folder cannot be written, or already holds one of them.
     """
     train_rows = int(spec.rows * (1 - spec.test_share))
-    with SplitWriter(folder, part_rows=max(train_rows, spec.rows - train_rows)) as writer:
+    with SplitWriter(folder, part_rows=max(train_rows, spec.rows - train_rows), group_rows=group_rows) as writer:
         for table in _blocks(spec):
             writer.write(table)
         return tuple(writer.publish(train_rows))

@@ -23,13 +23,17 @@ class SplitWriter:
     part is a file, a larger one a folder of files: either can be named in a configuration. Leaving the context without publishing
     removes everything.
 
+    Args:
+        part_rows: most rows of a part.
+        group_rows: most rows of a row group; None: as many as are written at a time.
+
     Raises:
         DataError: when the folder cannot be written, or already holds train.parquet or test.parquet.
     """
 
-    def __init__(self, folder: Path, part_rows: int = 4_000_000) -> None:
+    def __init__(self, folder: Path, part_rows: int = 4_000_000, group_rows: int | None = None) -> None:
         self.rows = 0
-        self._folder, self._part_rows = folder, part_rows
+        self._folder, self._part_rows, self._group_rows = folder, part_rows, group_rows
         self._folder_is_new = not folder.exists()
         self._scratch = folder / f".unfinished-{os.getpid()}"
         self._parts: list[tuple[Path, int]] = []  # path, rows
@@ -61,7 +65,7 @@ class SplitWriter:
                 self._writer = pq.ParquetWriter(self._parts[-1][0], table.schema)
             path, rows = self._parts[-1]
             piece = table.slice(0, self._part_rows - rows)
-            self._writer.write_table(piece)
+            self._writer.write_table(piece, self._group_rows)
             self._parts[-1] = (path, rows + piece.num_rows)
             self.rows += piece.num_rows
             table = table.slice(piece.num_rows)

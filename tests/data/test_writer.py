@@ -46,6 +46,21 @@ def test_one_part_is_a_file_and_more_are_a_folder_of_files_no_longer_than_told(t
     assert [pq.read_metadata(part).num_rows for part in sorted(train.iterdir())] == [10, 10, 10, 2]
 
 
+def test_row_groups_are_no_larger_than_told_on_both_sides_of_the_cut(tmp_path: Path) -> None:
+    with SplitWriter(tmp_path, 20, group_rows=4) as writer:
+        writer.write(rows(0, 10))
+        writer.write(rows(10, 36))
+        train, test = writer.publish(27)
+    paths = [*sorted(train.iterdir()), test]
+    assert [number for path in paths for number in read(path)] == list(range(36))
+    files = [pq.ParquetFile(path) for path in paths]
+    assert [[file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)] for file in files] == [
+        [4, 4, 2, 4, 4, 2],
+        [4, 3],
+        [1, 4, 4],
+    ]
+
+
 def test_leaving_without_publishing_leaves_nothing(tmp_path: Path) -> None:
     with SplitWriter(tmp_path / "out") as writer:
         writer.write(rows(0, 5))
