@@ -82,13 +82,14 @@ def _train(
                 metrics = train(worker, training, test, OnPreemption(saver, worker))
         except Stopped:
             saver.save(metrics={**worker.history.last, STOPPED: float(worker.step)})
-        else:
-            if writer is not None:
-                from fiited_ray.train.plots_of_run import log_plots
-
-                log_plots(writer, worker, metrics, plan.files.synthetic)
-            saver.save(finished=True, metrics={**metrics, "step": worker.step})
+            saver.wait()
+            return
+        saver.save(finished=True, metrics={**metrics, "step": worker.step})
         saver.wait()
+        if writer is not None:
+            from fiited_ray.train.plots_of_run import log_plots
+
+            log_plots(writer, worker, metrics, plan.files.synthetic)
 
 
 def _writer(run: RunRef, patience_seconds: float, journal: Path | None) -> RunWriter:
