@@ -302,13 +302,11 @@ class ShardedEmbedding(nn.Module):
         with self.times.phase("route"):
             gradients = ops.wire_gradients(grad_pooled, reading.widths, reading.bags)
             norms = self._lookup_norms(grad_pooled, reading)
-            asked_widths = reading.found.widths[route.owner_inverse]
-            send = splits(ops.gradient_sizes(reading.widths, spec.chunk, spec.chunks), route.send)
-            receive = splits(ops.gradient_sizes(asked_widths, spec.chunk, spec.chunks), route.receive)
-            arrived = self.exchange.all_to_all(gradients, send, receive)
+            of_owner = splits(ops.gradient_sizes(reading.widths, spec.chunk, spec.chunks), route.send)
+            beside = gradients.new_empty(reading.widths.numel(), 0) if norms is None else norms
+            arrived_beside, arrived, _ = self.exchange.all_to_all_with(beside, route.send, route.receive, gradients, of_owner)
             if norms is not None:
-                arrived_norms = self.exchange.all_to_all(norms, route.send, route.receive)
-                norms = arrived_norms.new_zeros(reading.found.widths.numel()).index_add_(0, route.owner_inverse, arrived_norms)
+                norms = arrived_beside.new_zeros(reading.found.widths.numel()).index_add_(0, route.owner_inverse, arrived_beside)
         with self.times.phase("update"):
             self.shard.update(reading.found, arrived, norms, self.lr, self.step, reading.quota, route.owner_inverse)
 

@@ -82,6 +82,8 @@ class Group:
         if rows.device.type == "cpu":
             return self.all_to_all_with(rows, send, receive, rows.new_empty(0), [0] * self.workers)[0]
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        if _row_bytes(rows) == 0:
+            return out
         dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
         self._count(rows, send)
         return out

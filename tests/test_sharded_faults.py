@@ -67,12 +67,14 @@ def batch_of(bags: Bags) -> Batch:
 
 
 @cache
-def sharded(workers: int, mean: bool, optimizer: str) -> tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], float]]:
+def sharded(
+    workers: int, mean: bool, optimizer: str, kind: str = "frequency"
+) -> tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], float]]:
     """Train; vectors and importance by (table, id)."""
     config = Config(
         data=DATA,
         embedding=EmbeddingConfig(dim=DIM, chunk=4, optimizer=optimizer, init_scale=0.1),
-        policy=PolicyConfig(importance="frequency", decay=1.0),
+        policy=PolicyConfig(importance=kind, decay=1.0),
     )
     shards = [VhpiShard(ShardSpec.of(config, None, rank, workers)) for rank in range(workers)]
     places, barrier = [[] for _ in range(workers)], threading.Barrier(workers, timeout=60)
@@ -135,3 +137,17 @@ def test_frequency_is_summed_over_both_deduplications(workers: int) -> None:
             for raw_id in (each for bag in rows for each in bag):
                 expected[DATA.feature_tables[feature], raw_id] += 1
     assert importance == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+def test_the_norms_of_lookups_are_summed_over_workers(workers: int, mean: bool) -> None:
+    _, importance = sharded(workers, mean, "sgd", "lookup_norm_sum")
+    expected = dict.fromkeys(importance, 0.0)
+    for number in range(STEPS):
+        bags, gradient = step_of(number)
+        for feature, rows in enumerate(bags):
+            for row, bag in enumerate(rows):
+                for raw_id in bag:
+                    expected[DATA.feature_tables[feature], raw_id] += float(gradient[row, feature].norm()) / (len(bag) if mean else 1)
+    assert importance == pytest.approx(expected, rel=1e-5)
