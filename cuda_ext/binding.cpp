@@ -426,52 +426,84 @@ int64_t bytes_of(const Tensor& tensor) {
   return tensor.numel() * static_cast<int64_t>(tensor.element_size());
 }
 
-// Part `rank` of `rows` and of `more`, in bytes, goes to this process itself, the others through their sockets. Gives what came of `more`,
-// of which only the sender knows how much there is, and its parts' sizes.
-std::tuple<Tensor, Tensor> all_to_all(std::vector<int64_t> sockets, int64_t rank, Tensor out, Tensor rows, std::vector<int64_t> send,
-                                      std::vector<int64_t> receive, Tensor more, std::vector<int64_t> send_more, int64_t operation,
-                                      double timeout) {
+// What goes from `rows` to each other process, and where in `out` what comes from it belongs; part `rank` is copied.
+std::vector<fiited::Flow> flows_of(const std::vector<int64_t>& sockets, int64_t rank, Tensor& out, const Tensor& rows,
+                                   const std::vector<int64_t>& send, const std::vector<int64_t>& receive) {
   const size_t workers = sockets.size();
-  REQUIRE(send.size() == workers && receive.size() == workers && send_more.size() == workers && rank >= 0 &&
-              rank < static_cast<int64_t>(workers),
-          "an exchange needs a socket and three sizes for each worker");
-  REQUIRE(sum_of_parts(send) == bytes_of(rows) && sum_of_parts(receive) == bytes_of(out) && sum_of_parts(send_more) == bytes_of(more),
+  REQUIRE(send.size() == workers && receive.size() == workers && rank >= 0 && rank < static_cast<int64_t>(workers),
+          "an exchange needs a socket and the sizes of what goes and comes for each worker");
+  REQUIRE(sum_of_parts(send) == bytes_of(rows) && sum_of_parts(receive) == bytes_of(out),
           "the parts of an exchange are not all of what is exchanged");
   REQUIRE(send[rank] == receive[rank], "what a worker keeps of an exchange changes its size");
   const auto* from = static_cast<const std::byte*>(rows.const_data_ptr());
-  const auto* more_from = static_cast<const std::byte*>(more.const_data_ptr());
   auto* to = static_cast<std::byte*>(out.mutable_data_ptr());
-  const std::byte* own_more = nullptr;
   std::vector<fiited::Flow> flows;
   for (size_t peer = 0; peer < workers; ++peer) {
     if (static_cast<int64_t>(peer) == rank) {
       std::copy_n(from, send[rank], to);
-      own_more = more_from;
     } else {
-      flows.push_back(
-          {static_cast<int>(sockets[peer]), static_cast<int>(peer), from, send[peer], more_from, send_more[peer], to, receive[peer]});
+      flows.push_back({static_cast<int>(sockets[peer]), static_cast<int>(peer), from, send[peer], to, receive[peer]});
     }
     from += send[peer];
-    more_from += send_more[peer];
     to += receive[peer];
   }
-  std::vector<int64_t> receive_more = send_more;  // right for this process's own part
-  Tensor more_out;
+  return flows;
+}
+
+// Part `rank` of `rows`, in bytes, goes to this process itself, the others through their sockets.
+void all_to_all(std::vector<int64_t> sockets, int64_t rank, Tensor out, Tensor rows, std::vector<int64_t> send,
+                std::vector<int64_t> receive, int64_t operation, double timeout) {
+  std::vector<fiited::Flow> flows = flows_of(sockets, rank, out, rows, send, receive);
   fiited::all_to_all(flows, static_cast<uint64_t>(operation), timeout, [&] {
-    for (const fiited::Flow& flow : flows) receive_more[flow.peer] = flow.more_to_receive;
-    more_out = make(sum_of_parts(receive_more), ScalarType::Byte);
-    auto* place = static_cast<std::byte*>(more_out.mutable_data_ptr());
-    auto flow = flows.begin();
-    for (size_t peer = 0; peer < workers; ++peer) {
-      if (static_cast<int64_t>(peer) == rank) {
-        std::copy_n(own_more, send_more[rank], place);
-      } else {
-        (flow++)->more_in = place;
-      }
-      place += receive_more[peer];
+    for (const fiited::Flow& flow : flows) {
+      REQUIRE(flow.more_to_receive == 0, "exchange with worker " + std::to_string(flow.peer) + ": it sends " +
+                                             std::to_string(flow.more_to_receive) + " bytes more than are expected");
     }
   });
-  return {more_out, from_vector(receive_more, ScalarType::Long)};
+}
+
+// The same, and behind each part of `rows` one of `more`, of which only the sender knows how much there is. Gives what came of it, and its
+// parts' sizes.
+std::tuple<Tensor, Tensor> all_to_all_with(std::vector<int64_t> sockets, int64_t rank, Tensor out, Tensor rows, std::vector<int64_t> send,
+                                           std::vector<int64_t> receive, Tensor more, std::vector<int64_t> send_more, int64_t operation,
+                                           double timeout) {
+  std::vector<fiited::Flow> flows = flows_of(sockets, rank, out, rows, send, receive);
+  REQUIRE(send_more.size() == sockets.size() && sum_of_parts(send_more) == bytes_of(more),
+          "the parts of an exchange are not all of what is exchanged");
+  // Visits each worker's flow, this one's being null, in the order of ranks.
+  const auto for_each_worker = [&](auto&& visit) {
+    auto flow = flows.begin();
+    for (size_t worker = 0; worker < sockets.size(); ++worker) {
+      visit(worker, static_cast<int64_t>(worker) == rank ? nullptr : &*flow++);
+    }
+  };
+  const auto* from = static_cast<const std::byte*>(more.const_data_ptr());
+  const std::byte* own = nullptr;
+  for_each_worker([&](size_t worker, fiited::Flow* flow) {
+    if (flow != nullptr) {
+      flow->more_out = from;
+      flow->more_to_send = send_more[worker];
+    } else {
+      own = from;
+    }
+    from += send_more[worker];
+  });
+  std::vector<int64_t> receive_more = send_more;  // right for this process's own part
+  Tensor arrived;
+  fiited::all_to_all(flows, static_cast<uint64_t>(operation), timeout, [&] {
+    for (const fiited::Flow& flow : flows) receive_more[flow.peer] = flow.more_to_receive;
+    arrived = make(sum_of_parts(receive_more), ScalarType::Byte);
+    auto* to = static_cast<std::byte*>(arrived.mutable_data_ptr());
+    for_each_worker([&](size_t worker, fiited::Flow* flow) {
+      if (flow != nullptr) {
+        flow->more_in = to;
+      } else {
+        std::copy_n(own, send_more[rank], to);
+      }
+      to += receive_more[worker];
+    });
+  });
+  return {arrived, from_vector(receive_more, ScalarType::Long)};
 }
 
 }  // namespace
@@ -485,8 +517,9 @@ STABLE_TORCH_LIBRARY(fiited, m) {
   m.def("relu_backward(Tensor grad_out, Tensor out, bool transposed) -> (Tensor, Tensor, Tensor)");
   m.def("interact(Tensor? below, Tensor vectors, int columns) -> Tensor");
   m.def("interact_backward(Tensor grad_out, Tensor? below, Tensor vectors) -> (Tensor, Tensor)");
+  m.def("all_to_all(int[] sockets, int rank, Tensor(a!) out, Tensor rows, int[] send, int[] receive, int operation, float timeout) -> ()");
   m.def(
-      "all_to_all(int[] sockets, int rank, Tensor(a!) out, Tensor rows, int[] send, int[] receive, Tensor more, int[] send_more, "
+      "all_to_all_with(int[] sockets, int rank, Tensor(a!) out, Tensor rows, int[] send, int[] receive, Tensor more, int[] send_more, "
       "int operation, float timeout) -> (Tensor, Tensor)");
 }
 
@@ -517,4 +550,5 @@ STABLE_TORCH_LIBRARY_IMPL(fiited, CPU, m) {
   m.impl("hash_strings", TORCH_BOX(&hash_strings));
   m.impl("cross_ids", TORCH_BOX(&cross_ids));
   m.impl("all_to_all", TORCH_BOX(&all_to_all));
+  m.impl("all_to_all_with", TORCH_BOX(&all_to_all_with));
 }

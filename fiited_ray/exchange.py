@@ -79,13 +79,12 @@ class Group:
         self._peers = Peers(group, (timeout or dist.default_pg_timeout).total_seconds())
 
     def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        out, row = rows.new_empty((sum(receive), *rows.shape[1:])), _row_bytes(rows)
         if rows.device.type == "cpu":
-            return self.all_to_all_with(rows, send, receive, rows.new_empty(0), [0] * self.workers)[0]
-        out = rows.new_empty((sum(receive), *rows.shape[1:]))
-        if _row_bytes(rows) == 0:
-            return out
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
-        self._count(rows, send)
+            self._peers.all_to_all(out, rows.contiguous(), [row * each for each in send], [row * each for each in receive])
+        elif row:
+            dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
+        self._count(row, send)
         return out
 
     def all_to_all_with(
@@ -105,12 +104,12 @@ class Group:
             more.contiguous(),
             [more_row * each for each in send_more],
         )
-        self._count(rows, send)
-        self._count(more, send_more)
+        self._count(row, send)
+        self._count(more_row, send_more)
         return out, arrived.view(more.dtype).view(-1, *more.shape[1:]), [each // more_row for each in sizes]
 
-    def _count(self, rows: Tensor, send: list[int]) -> None:
-        self.bytes_sent += (sum(send) - send[self.rank]) * _row_bytes(rows)
+    def _count(self, row_bytes: int, send: list[int]) -> None:
+        self.bytes_sent += (sum(send) - send[self.rank]) * row_bytes
 
     def all_reduce(self, values: Tensor) -> Tensor:
         if values.device.type != "cpu":

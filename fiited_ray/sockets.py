@@ -49,7 +49,8 @@ class Peers:
         Raises:
             RuntimeError: naming the worker that closed its connection, sent something else, or did not in time.
         """
-        self.all_to_all_with(out, rows, send, receive, rows.new_empty(0), [0] * self.workers)
+        self._operation += 1
+        host_ops().all_to_all(self._descriptors, self.rank, out, rows, send, receive, self._operation, self._timeout)
 
     def all_to_all_with(
         self, out: Tensor, rows: Tensor, send: list[int], receive: list[int], more: Tensor, send_more: list[int]
@@ -60,7 +61,7 @@ class Peers:
             what came of `more`, uint8 [n], and how many bytes of it from each worker.
         """
         self._operation += 1
-        arrived, sizes = host_ops().all_to_all(
+        arrived, sizes = host_ops().all_to_all_with(
             self._descriptors, self.rank, out, rows, send, receive, more, send_more, self._operation, self._timeout
         )
         return arrived, sizes.tolist()

@@ -14,10 +14,10 @@ struct Flow {
   int peer;
   const std::byte* out;
   int64_t to_send;
-  const std::byte* more_out;
-  int64_t more_to_send;
   std::byte* in;
   int64_t to_receive;
+  const std::byte* more_out = nullptr;
+  int64_t more_to_send = 0;
   std::byte* more_in = nullptr;  // `place` names it,
   int64_t more_to_receive = 0;   // when this has been told
 };

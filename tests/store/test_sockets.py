@@ -41,8 +41,9 @@ class Mesh:
         operation: int = 1,
         timeout: float = 20.0,
     ) -> torch.Tensor:
-        none = torch.empty(0, dtype=torch.uint8)
-        return self.exchange_with(rank, rows, send, receive, none, [0] * len(self.sockets), operation, timeout)[0]
+        out = torch.empty(sum(receive), dtype=torch.uint8)
+        ops("cpu").all_to_all(self.files(rank), rank, out, rows, send, receive, operation, timeout)
+        return out
 
     def exchange_with(
         self,
@@ -56,8 +57,10 @@ class Mesh:
         timeout: float = 20.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out = torch.empty(sum(receive), dtype=torch.uint8)
-        files = [-1 if each is None else each.fileno() for each in self.sockets[rank]]
-        return out, *ops("cpu").all_to_all(files, rank, out, rows, send, receive, more, send_more, operation, timeout)
+        return out, *ops("cpu").all_to_all_with(self.files(rank), rank, out, rows, send, receive, more, send_more, operation, timeout)
+
+    def files(self, rank: int) -> list[int]:
+        return [-1 if each is None else each.fileno() for each in self.sockets[rank]]
 
     def close(self, rank: int) -> None:
         for each in self.sockets[rank]:
@@ -109,6 +112,15 @@ def test_parts_of_a_size_that_only_the_sender_knows_come_behind_the_others(worke
                 assert torch.equal(out, torch.cat([parts[other][rank] for other in range(workers)]))
                 assert torch.equal(more_out, torch.cat([more[other][rank] for other in range(workers)]))
                 assert told.tolist() == more_sizes[:, rank].tolist()
+
+
+def test_who_sends_more_where_nothing_more_is_expected_is_named() -> None:
+    mesh, some = Mesh(2), torch.zeros(4, dtype=torch.uint8)
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(mesh.exchange_with, 1, some, [4, 0], [4, 0], some, [4, 0], 1, 1.0)
+        with pytest.raises(RuntimeError, match="exchange with worker 1: it sends 4 bytes more than are expected"):
+            mesh.exchange(0, some, [0, 4], [0, 4])
+        sent.result()
 
 
 def test_one_that_has_all_waits_for_the_worker_that_has_said_nothing_and_names_it() -> None:
@@ -178,7 +190,7 @@ def test_a_worker_that_says_nothing_is_waited_for_no_longer_than_agreed() -> Non
         ([1, 1], [1, 2], "the parts of an exchange are not all of what is exchanged"),
         ([1, 2], [2, 1], "what a worker keeps of an exchange changes its size"),
         ([4, -1], [4, -1], "a part of an exchange has -1 bytes"),
-        ([3], [3], "an exchange needs a socket and three sizes for each worker"),
+        ([3], [3], "an exchange needs a socket and the sizes of what goes and comes"),
     ],
 )
 def test_parts_that_cannot_be_are_refused(send: list[int], receive: list[int], message: str) -> None:
