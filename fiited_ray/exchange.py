@@ -80,7 +80,7 @@ class Group:
 
     def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         out, row = rows.new_empty((sum(receive), *rows.shape[1:])), _row_bytes(rows)
-        if rows.device.type == "cpu":
+        if self._by_sockets(rows):
             self._peers.all_to_all(out, rows.contiguous(), [row * each for each in send], [row * each for each in receive])
         elif row:
             dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
@@ -90,7 +90,7 @@ class Group:
     def all_to_all_with(
         self, rows: Tensor, send: list[int], receive: list[int], more: Tensor, send_more: list[int]
     ) -> tuple[Tensor, Tensor, list[int]]:
-        if more.device.type != "cpu":
+        if not self._by_sockets(more):
             ones = [1] * self.workers
             receive_more: list[int] = self.all_to_all(torch.tensor(send_more), ones, ones).tolist()
             return self.all_to_all(rows, send, receive), self.all_to_all(more, send_more, receive_more), receive_more
@@ -108,11 +108,14 @@ class Group:
         self._count(more_row, send_more)
         return out, arrived.view(more.dtype).view(-1, *more.shape[1:]), [each // more_row for each in sizes]
 
+    def _by_sockets(self, values: Tensor) -> bool:
+        return values.device.type == "cpu"
+
     def _count(self, row_bytes: int, send: list[int]) -> None:
         self.bytes_sent += (sum(send) - send[self.rank]) * row_bytes
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        if values.device.type != "cpu":
+        if not self._by_sockets(values):
             out = values.clone()
             dist.all_reduce(out, group=self.group)
             return out

@@ -10,6 +10,7 @@ import run_workers
 
 from fiited_ray.config import Config, DataConfig, EmbeddingConfig, ModelConfig, PolicyConfig, TrainConfig
 from fiited_ray.data.synthetic import SyntheticSpec, write_synthetic
+from fiited_ray.exchange import make_exchange
 
 BUDGET = 5_000_000
 STEPS = 200
@@ -98,3 +99,15 @@ def test_a_tail_batch_smaller_than_the_workers_is_learned_from_and_nobody_hangs(
     results = run_workers.run(short, None, 3)
     assert len(results[0]["losses"]) == 2
     assert results[0]["metrics"]["train/logloss"] > 0
+
+
+@pytest.mark.parametrize("importance", ["frequency_x_norm", "lookup_norm_sum"])
+def test_rows_that_go_by_collectives_as_between_gpus_train_the_same_model(config: Config, importance: str) -> None:
+    policy = PolicyConfig(importance=importance, interval=10, first_round=5)
+    short = dataclasses.replace(changed(config, workers=2, max_steps=40), policy=policy)
+    ways = make_exchange, run_workers.as_on_gpus
+    by_sockets, by_collectives = (run_workers.run_each([(short, BUDGET // 8)], 2, way)[0] for way in ways)
+    for one, other in zip(by_sockets, by_collectives, strict=True):
+        assert one["losses"] == other["losses"]
+        assert one["widths"] == other["widths"]
+        assert one["bytes_sent"] < other["bytes_sent"] < 1.01 * one["bytes_sent"]  # which tells the sizes beside
