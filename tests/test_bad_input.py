@@ -59,7 +59,7 @@ FROM_METADATA = [
     ("budget=much", "FOLDER/config.yaml: budget: cannot read 'much'; write bytes (67108864, 64MiB), a share"),
     (
         "data.test=FOLDER/text-ids.parquet",
-        "column 'user' is int64 in FOLDER/good.parquet, but string in FOLDER/text-ids.parquet: ids as text",
+        "FOLDER/text-ids.parquet: column 'user' holds text, but integers in FOLDER/good.parquet: ids as text",
     ),
     ("data.test=[]", "data.test is empty and train.progressive is false: nothing would be scored; set one of them"),
 ]
