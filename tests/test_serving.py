@@ -36,6 +36,7 @@ from fiited_ray.tracking_address import RunRef
 from fiited_ray.train.loop import Worker, train
 from fiited_ray.train.plan import Plan, make_plan
 
+ROOT = Path(__file__).parents[1]
 ROWS = 600
 
 
@@ -52,9 +53,6 @@ def clicks(path: Path, rows: int, seed: int) -> None:
         "words": pa.array(words, pa.list_(pa.string())),
     }
     pq.write_table(pa.table(columns), path)
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
